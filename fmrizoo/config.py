@@ -1,0 +1,310 @@
+"""Recipes: YAML ``defaults`` + file + dotted overrides, checked against typed dataclasses.
+
+Component sections (``backbone``, ``objective``, ``head``) take the schema of the component that
+their ``name`` picks; the other sections are below, one dataclass each, one comment per field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fmrizoo.errors import RecipeError
+from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, Registry, suggest
+
+NORMALIZATIONS = ("znorm_minback", "znorm_zeroback", "minmax", "robust", "voxel", "none")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise RecipeError(message)
+
+
+def _one_of(key: str, value: str, known: Sequence[str]) -> None:
+    _require(value in known, f"{key}={value!r} is not known.{suggest(value, list(known))}")
+
+
+@dataclass
+class PrepareConfig:
+    """How NIfTI runs become a store."""
+
+    space: str = "MNI152NLin2009cAsym"  # BIDS space to pick; `native`: keep each run's own voxels
+    grid: list[int] = field(default_factory=lambda: [96, 96, 96])  # voxels x y z (not for native)
+    voxel_size: list[float] = field(default_factory=lambda: [2.0, 2.0, 2.0])  # millimetres
+    center: list[float] = field(default_factory=lambda: [1.0, -17.0, 17.0])  # mm, middle of the grid
+    orientation: str = "RAS"  # axis codes of the stored array; SwiFT's weights expect LAS
+    mask: str = "auto"  # auto: the BIDS desc-brain_mask; compute: nilearn's EPI mask; or a file
+    dummy_scans: int = 0  # volumes dropped at the start of every run
+    tr: float | None = None  # seconds; None: the sidecar's RepetitionTime, else the header's
+    on_tr_conflict: str = "stop"  # header and sidecar disagree: stop | sidecar (follow it, and say so)
+    confounds: str | None = None  # nilearn strategy: simple, scrubbing, compcor, ica_aroma; None: none
+    codec: str = "int8"  # int8 (in-brain voxels, one pread a window) | gzip (dense, any h5py reads it)
+    max_error: float = 0.02  # int8 → int16 above this rms error / temporal s.d.
+    select: dict[str, str] = field(default_factory=dict)  # BIDS entities to keep, {acquisition: 1slice}
+
+    def __post_init__(self) -> None:
+        _one_of("prepare.codec", self.codec, ("int8", "gzip"))
+        _one_of("prepare.on_tr_conflict", self.on_tr_conflict, ("stop", "sidecar"))
+        for key in ("grid", "voxel_size"):
+            value = getattr(self, key)
+            _require(
+                len(value) == 3 and all(v > 0 for v in value),
+                f"prepare.{key} needs three positive numbers (x, y, z), got {list(value)}",
+            )
+        letters = {frozenset("RL"), frozenset("AP"), frozenset("SI")}
+        axes = {pair for pair in letters for c in self.orientation if c in pair}
+        _require(
+            len(self.orientation) == 3 and axes == letters,
+            f"prepare.orientation needs one of R/L, A/P and S/I each, got {self.orientation!r}",
+        )
+        _require(self.dummy_scans >= 0, f"prepare.dummy_scans must be ≥ 0, got {self.dummy_scans}")
+
+
+@dataclass
+class DataConfig:
+    """Which store is read and how clips are cut from its runs."""
+
+    store: str = ""  # folder that `fmrizoo prepare` wrote
+    select: dict[str, str] = field(default_factory=dict)  # BIDS entities to keep
+    clip_frames: int = 20  # frames in a clip (the source's SL)
+    frame_stride: int = 1  # frames between two frames of a clip (SWS)
+    clip_stride: float = 1.0  # clip starts, as a share of the clip's span; 0.5 = half overlap (SBS)
+    normalization: str = "znorm_minback"  # see fmrizoo.data.normalize
+    threads: int = 2  # reader threads per rank
+
+    def __post_init__(self) -> None:
+        _one_of("data.normalization", self.normalization, NORMALIZATIONS)
+        _require(self.clip_frames >= 1, f"data.clip_frames must be ≥ 1, got {self.clip_frames}")
+        _require(self.frame_stride >= 1, f"data.frame_stride must be ≥ 1, got {self.frame_stride}")
+        _require(self.clip_stride > 0, f"data.clip_stride must be > 0, got {self.clip_stride}")
+        _require(self.threads >= 1, f"data.threads must be ≥ 1, got {self.threads}")
+
+
+@dataclass
+class TaskConfig:
+    """What a head learns to predict."""
+
+    target: str = "trial_type"  # column of events.tsv or participants.tsv
+    source: str = "events"  # events: one clip per event; participants: all clips of a subject
+    kind: str = "classification"  # classification | regression
+    lag: float = 5.0  # seconds after an event's onset at which its clip starts (haemodynamic delay)
+    level: str = "event"  # predictions are averaged over the clips of one: event | run | subject
+
+    def __post_init__(self) -> None:
+        _one_of("task.source", self.source, ("events", "participants"))
+        _one_of("task.kind", self.kind, ("classification", "regression"))
+        _one_of("task.level", self.level, ("event", "run", "subject"))
+        _require(
+            not (self.source == "participants" and self.level == "event"),
+            "task.level=event needs task.source=events; use level=subject for participants.tsv",
+        )
+
+
+@dataclass
+class SplitConfig:
+    """Which units train, validate and test. Written to a file once, then reused."""
+
+    by: str = "subject"  # subject | session | run: what is never divided between the parts
+    folds: int = 5  # every unit is in the test part of exactly one fold
+    fold: int = 0  # the fold of this run
+    validation: float = 0.2  # share of the non-test units held out for validation
+    seed: int = 0  # of the shuffle
+    file: str | None = None  # an existing split file to use as it is
+
+    def __post_init__(self) -> None:
+        _one_of("split.by", self.by, ("subject", "session", "run"))
+        _require(self.folds >= 2, f"split.folds must be ≥ 2, got {self.folds}")
+        _require(
+            0 <= self.fold < self.folds,
+            f"split.fold must be in 0..{self.folds - 1}, got {self.fold}",
+        )
+        _require(
+            0 <= self.validation < 1, f"split.validation must be in [0, 1), got {self.validation}"
+        )
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation; every value is for the whole job, whatever its world size."""
+
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 8  # clips per optimizer step over all ranks
+    accumulate: int = 1  # gradient accumulation: batch_size = ranks × accumulate × micro-batch
+    lr: float = 1e-4  # peak learning rate
+    warmup: float = 0.01  # share of the steps with linearly rising rate
+    min_lr_ratio: float = 0.01  # the cosine ends at lr × this
+    weight_decay: float = 0.01  # AdamW, on matrices only
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
+    eps: float = 1e-8  # AdamW
+    clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
+    precision: str = "fp32"  # fp32 | bf16 (bf16 weights, fp32 master weights and gradient sums)
+    zero_stage: int = 1  # DeepSpeed ZeRO 0–3
+    checkpointing: str = "none"  # activations: none | block (recomputed in the backward pass)
+    seed: int = 0  # initialisation, order, masks, dropout
+    log_every: int = 1  # steps between two lines of metrics.jsonl
+    save_every: int = 0  # steps between two checkpoints; 0: at the end only
+    validate_every: int = 0  # steps between two validations; 0: at the end only
+    keep: int = 2  # checkpoints kept
+    device: str = "auto"  # auto | cpu | cuda | xpu
+
+    def __post_init__(self) -> None:
+        _one_of("train.precision", self.precision, ("fp32", "bf16"))
+        _one_of("train.checkpointing", self.checkpointing, ("none", "block"))
+        _one_of("train.device", self.device, ("auto", "cpu", "cuda", "xpu"))
+        _require(self.zero_stage in (0, 1, 2, 3), f"train.zero_stage is 0–3, got {self.zero_stage}")
+        for key in ("steps", "batch_size", "accumulate", "log_every", "keep"):
+            value = getattr(self, key)
+            _require(value >= 1, f"train.{key} must be ≥ 1, got {value}")
+        for key in ("warmup", "min_lr_ratio"):
+            value = getattr(self, key)
+            _require(0 <= value <= 1, f"train.{key} is a share in [0, 1], got {value}")
+        _require(self.lr > 0, f"train.lr must be > 0, got {self.lr}")
+        _require(len(self.betas) == 2, f"train.betas needs two numbers, got {list(self.betas)}")
+
+
+@dataclass
+class Recipe:
+    """Everything one run needs. A pretraining recipe has an objective, a fine-tuning one a head."""
+
+    backbone: Any = None  # the registered backbone's own config
+    objective: Any = None  # the registered objective's own config
+    head: Any = None  # the registered head's own config
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    init_from: str | None = None  # model folder whose encoder weights start the run; {fold} is filled in
+
+    def __post_init__(self) -> None:
+        _require(
+            self.objective is None or self.head is None,
+            "a recipe has an objective (pretraining) or a head (fine-tuning), not both",
+        )
+
+
+COMPONENTS: dict[str, Registry] = {"backbone": BACKBONES, "objective": OBJECTIVES, "head": HEADS}
+
+
+def _read(path: Path, stack: tuple[Path, ...] = ()) -> DictConfig:
+    """One YAML file with its ``defaults`` (paths relative to it, no suffix) merged underneath."""
+    path = path.resolve()
+    if path in stack:
+        raise RecipeError("defaults loop: " + " -> ".join(p.name for p in (*stack, path)))
+    if not path.is_file():
+        raise RecipeError(f"no recipe file {path}")
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{path} is not a YAML recipe: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, DictConfig):
+        raise RecipeError(f"{path} is not a YAML mapping of recipe sections")
+    defaults = loaded.pop("defaults", [])
+    if isinstance(defaults, str):
+        raise RecipeError(f"{path}: 'defaults' must be a list of recipe files")
+    bases = [_read(path.parent / f"{name}.yaml", (*stack, path)) for name in defaults]
+    return _merge(*bases, loaded)
+
+
+def _merge(*parts: DictConfig) -> DictConfig:
+    """Merge left to right; a component section with another ``name`` replaces the whole section."""
+    result = cast(DictConfig, OmegaConf.create({}))
+    for part in parts:
+        for section in COMPONENTS:
+            new, old = part.get(section), result.get(section)
+            if isinstance(new, str):
+                part[section] = new = OmegaConf.create({"name": new})
+            renamed = (
+                isinstance(new, DictConfig)
+                and isinstance(old, DictConfig)
+                and new.get("name", old.get("name")) != old.get("name")
+            )
+            if renamed:
+                result.pop(section)
+        result = cast(DictConfig, OmegaConf.merge(result, part))
+    return result
+
+
+def _check_keys(schema: type, values: DictConfig, prefix: str) -> None:
+    """Raise on a key that ``schema`` does not have, at any depth, and suggest the nearest one."""
+    hints = get_type_hints(schema)
+    for key in map(str, values):
+        if key not in hints:
+            raise RecipeError(f"unknown key '{prefix}{key}'.{suggest(key, list(hints))}")
+        if is_dataclass(hints[key]) and isinstance(values[key], DictConfig):
+            _check_keys(cast(type, hints[key]), values[key], f"{prefix}{key}.")
+
+
+def _typed(schema: type, values: DictConfig, prefix: str = "") -> Any:
+    """``values`` as an instance of ``schema`` (its ``__post_init__`` may reject them)."""
+    _check_keys(schema, values, prefix)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, RecipeError):
+            raise error.__cause__ from None
+        where = f"{prefix}{error.full_key or ''}"
+        raise RecipeError(f"{where}: {str(error).splitlines()[0]}") from None
+
+
+def _overrides(items: Sequence[str]) -> DictConfig:
+    for item in items:
+        if "=" not in item or item.startswith("="):
+            raise RecipeError(f"override {item!r} is not of the form key=value")
+    try:
+        return OmegaConf.from_dotlist(list(items))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise RecipeError(f"overrides {list(items)}: {str(error).splitlines()[0]}") from None
+
+
+def compose(source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Compose and check a recipe (names are resolved by :func:`fmrizoo.zoo.load_recipe`).
+
+    Args:
+        source: A YAML file, or the same content as a dict.
+        overrides: Dotted ``key=value`` strings; they win over the file.
+
+    Raises:
+        RecipeError: unknown key or name, a value of the wrong type, or values that contradict.
+    """
+    if isinstance(source, dict):
+        try:
+            base = cast(DictConfig, OmegaConf.create(source))
+        except OmegaConfBaseException as error:
+            raise RecipeError(f"recipe dict: {str(error).splitlines()[0]}") from None
+    else:
+        base = _read(source)
+    try:
+        merged = _merge(base, _overrides(overrides))
+        OmegaConf.resolve(merged)
+    except OmegaConfBaseException as error:
+        raise RecipeError(str(error).splitlines()[0]) from None
+    parts = {kind: _component(kind, merged.pop(kind, None)) for kind in COMPONENTS}
+    sections = _typed(Recipe, merged)
+    return Recipe(**{f.name: parts.get(f.name, getattr(sections, f.name)) for f in fields(Recipe)})
+
+
+def _component(kind: str, values: Any) -> Any:
+    if values is None:
+        return None
+    table = COMPONENTS[kind]
+    if not isinstance(values, DictConfig) or "name" not in values:
+        raise RecipeError(f"'{kind}.name' is missing. Available: {', '.join(table.list())}")
+    return _typed(table[values.name].config, values, f"{kind}.")
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain containers; ``compose(to_dict(r)) == r``."""
+    values = OmegaConf.to_container(OmegaConf.structured(recipe))
+    return {k: v for k, v in cast(dict[str, Any], values).items() if v is not None}
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The fully resolved recipe; loading it again gives an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(recipe)))

@@ -1,0 +1,1 @@
+"""From NIfTI files to batches: BIDS, prepare, the HDF5 store, clips, loader, splits."""

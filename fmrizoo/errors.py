@@ -1,0 +1,27 @@
+"""Errors that a user can act on: each message says what was wrong, the value seen, where, and what to do."""
+
+from __future__ import annotations
+
+
+class FmrizooError(Exception):
+    """Base of every error that fmrizoo raises on purpose."""
+
+
+class RecipeError(FmrizooError, ValueError):
+    """A recipe, override or combination of components that cannot work."""
+
+
+class DataError(FmrizooError, ValueError):
+    """Input data that cannot be used as it is (file named in the message)."""
+
+
+class CorruptStoreError(FmrizooError, OSError):
+    """A store file whose bytes are not those that were written."""
+
+
+class CheckpointError(FmrizooError, ValueError):
+    """A checkpoint that is torn, foreign, or does not fit the model or the data."""
+
+
+class MissingExtraError(FmrizooError, ImportError):
+    """An optional package is needed; the message holds the pip command."""

@@ -1,0 +1,1 @@
+"""Heads: what is added after an encoder, and what of the encoder trains."""

@@ -1,0 +1,1 @@
+"""The training loop on DeepSpeed: engine, schedule, checkpoints, devices."""

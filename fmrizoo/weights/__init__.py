@@ -1,0 +1,1 @@
+"""Converters for weights that other code bases released."""

@@ -1,0 +1,4 @@
+"""This folder is the package ``fmrizoo.objectives`` (see pyproject.toml)."""
+
+if __name__ != "fmrizoo.objectives":
+    raise ImportError("import fmrizoo.objectives, not the bare folder 'objectives'")
