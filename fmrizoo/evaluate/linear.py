@@ -1,0 +1,164 @@
+"""The linear models behind the baselines: logistic regression and ridge, strength from validation.
+
+Both see standardised features. Standardisation, the penalty's strength and the weights come from
+training and validation rows only; test rows are only ever multiplied with the finished weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmrizoo.errors import DataError
+from fmrizoo.evaluate.metrics import softmax
+
+Array = NDArray[np.float64]
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+DEFAULT_C = 1.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a split: features ``x (n, f)``, targets ``y (n,)`` (class index or value)."""
+
+    x: NDArray[Any]
+    y: NDArray[Any]
+
+    def __post_init__(self) -> None:
+        if self.x.ndim != 2 or self.y.shape != self.x.shape[:1]:
+            raise DataError(f"x must be (n, f) and y (n,): {self.x.shape}, {self.y.shape}")
+        if not np.all(np.isfinite(self.x)):
+            raise DataError("a feature is NaN or infinite")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fitted model as plain arrays; ``scores(x) = (x - mean) / scale @ weights + bias``.
+
+    Attributes:
+        mean, scale: ``(f,)`` of the training rows; a constant feature has scale 1 (and so is 0).
+        weights: ``(f, outputs)``; bias: ``(outputs,)``.
+        c: Inverse strength of the penalty.
+        tried: Strength → validation loss (empty without validation rows).
+    """
+
+    mean: Array
+    scale: Array
+    weights: Array
+    bias: Array
+    c: float
+    tried: dict[float, float]
+
+    def scores(self, x: NDArray[Any]) -> Array:
+        """``(n, classes)`` logits, or ``(n, 1)`` values in the target's unit."""
+        return (x - self.mean) / self.scale @ self.weights + self.bias
+
+
+def fit(kind: str, train: Part, validation: Part | None = None, *, seed: int = 0) -> Fitted:
+    """Fit on ``train``; choose the strength on ``validation`` (1.0 without it).
+
+    The chosen strength has the lowest log loss (classification) or squared error on validation
+    rows, the strongest penalty on ties. The weights are not refitted with the validation rows:
+    every row of a results table has learned from the same training units.
+
+    Raises:
+        DataError: classification targets other than ``0..k-1`` with all classes present, k ≥ 2.
+    """
+    mean, scale = train.x.mean(0, dtype=np.float64), train.x.std(0, dtype=np.float64)
+    # Features that vary by rounding only would be blown up to unit variance.
+    scale = np.where(scale > 1e-7 * np.maximum(np.abs(mean), 1e-30), scale, 1.0)
+    x = (train.x - mean) / scale
+    basis = _row_space(x)
+    z = x if basis is None else x @ basis
+    solve = _logistic if kind == "classification" else _ridge
+    if kind == "classification":
+        _check_classes(train.y)
+
+    def at(c: float) -> Fitted:
+        w, bias = solve(z, train.y, c, seed)
+        return Fitted(mean, scale, w if basis is None else basis @ w, bias, c, {})
+
+    if validation is None or len(validation.y) == 0:
+        return at(DEFAULT_C)
+    candidates = [at(c) for c in STRENGTHS]
+    losses = [_loss(kind, f.scores(validation.x), validation.y) for f in candidates]
+    best = candidates[int(np.argmin(losses))]
+    tried = dict(zip(STRENGTHS, losses, strict=True))
+    return Fitted(best.mean, best.scale, best.weights, best.bias, best.c, tried)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Test and validation scores of a fitted model, and the model."""
+
+    test: Array
+    validation: Array | None
+    model: Fitted
+
+
+def fit_predict(
+    kind: str,
+    train: Part,
+    validation: Part | None,
+    test_x: NDArray[Any],
+    *,
+    seed: int = 0,
+) -> Outcome:
+    """:func:`fit`, then one look at the test rows (which come without targets)."""
+    model = fit(kind, train, validation, seed=seed)
+    seen = None if validation is None else model.scores(validation.x)
+    return Outcome(model.scores(test_x), seen, model)
+
+
+def _row_space(x: Array) -> Array | None:
+    """Orthonormal ``(f, rank)`` basis of the rows, None where it would save nothing.
+
+    An L2-penalised linear model's weights lie in the span of the training rows, so fitting in
+    that basis gives the same model, with n instead of f unknowns.
+    """
+    n, f = x.shape
+    if f <= n:
+        return None
+    values, vectors = np.linalg.eigh(x @ x.T)
+    kept = values > values.max() * 1e-12
+    return cast(Array, x.T @ (vectors[:, kept] / np.sqrt(values[kept])))
+
+
+def _logistic(x: Array, y: NDArray[Any], c: float, seed: int) -> tuple[Array, Array]:
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=c, max_iter=5000, random_state=seed).fit(x, y)
+    if model.coef_.shape[0] == 1:
+        # Two classes: one weight vector; spread it over two logits of opposite sign.
+        w, b = model.coef_[0] / 2, model.intercept_[0] / 2
+        return np.stack([-w, w], axis=1), np.array([-b, b])
+    return model.coef_.T, model.intercept_
+
+
+def _ridge(x: Array, y: NDArray[Any], c: float, seed: int) -> tuple[Array, Array]:
+    from sklearn.linear_model import Ridge
+
+    # The target is scaled so that the same strengths fit years and milliseconds alike.
+    target = y.astype(np.float64)
+    center, spread = target.mean(), target.std() or 1.0
+    model = Ridge(alpha=1 / c, random_state=seed).fit(x, (target - center) / spread)
+    bias = np.array([model.intercept_ * spread + center])
+    return np.asarray(model.coef_)[:, None] * spread, bias
+
+
+def _check_classes(y: NDArray[Any]) -> None:
+    present = np.unique(y)
+    if present.size < 2 or not np.array_equal(present, np.arange(present.size)):
+        raise DataError(
+            f"training targets must hold every class index from 0, found {present.tolist()}"
+        )
+
+
+def _loss(kind: str, scores: Array, y: NDArray[Any]) -> float:
+    if kind == "classification":
+        p = softmax(scores)[np.arange(len(y)), y.astype(np.int64)]
+        return float(-np.log(np.maximum(p, 1e-300)).mean())
+    return float(((scores[:, 0] - y) ** 2).mean())
