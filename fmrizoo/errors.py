@@ -23,5 +23,9 @@ class CheckpointError(FmrizooError, ValueError):
     """A checkpoint that is torn, foreign, or does not fit the model or the data."""
 
 
+class TrainingError(FmrizooError, RuntimeError):
+    """Training that cannot start or go on: a device, the ranks, or a loss that is not finite."""
+
+
 class MissingExtraError(FmrizooError, ImportError):
     """An optional package is needed; the message holds the pip command."""

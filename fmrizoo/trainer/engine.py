@@ -1,0 +1,252 @@
+"""A model, its optimizer and DeepSpeed behind five verbs: accumulate, step, save, load, export.
+
+What is decided here because DeepSpeed's own defaults would change the result silently:
+
+- ZeRO stage 0 with bf16 takes one optimizer step with empty gradients before training (weights
+  decay once, Adam starts at its second step), so that pair runs as stage 1, which is the same
+  arithmetic.
+- bf16 gradients are summed over micro-batches and ranks in fp32, not in bf16.
+- Clipping is always written into the config (its default is 1.0, not off).
+- The optimizer is PyTorch's own AdamW: a config-built one would be compiled at first use.
+- No scheduler in the config: several of them give every group one rate. The loop sets
+  ``rate of the group × factor``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fmrizoo.config import TrainConfig
+from fmrizoo.errors import CheckpointError, RecipeError, TrainingError
+from fmrizoo.trainer.device import World, load_deepspeed
+from fmrizoo.types import Batch
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_INNER = "deepspeed"  # DeepSpeed's tag inside a checkpoint folder
+
+
+def micro_batch(train: TrainConfig, world: World) -> int:
+    """Clips per rank and micro-step.
+
+    Raises:
+        RecipeError: the batch cannot be divided over ranks and accumulation.
+    """
+    parts = world.size * train.accumulate
+    if train.batch_size % parts:
+        near = max(parts, round(train.batch_size / parts) * parts)
+        raise RecipeError(
+            f"train.batch_size={train.batch_size} cannot be divided over {world.size} ranks × "
+            f"{train.accumulate} accumulation steps; use a multiple of {parts}, for example {near}"
+        )
+    return train.batch_size // parts
+
+
+def param_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices decay, vectors and marked parameters do not.
+
+    A parameter with a true attribute ``_no_weight_decay`` (the mark that mamba-ssm uses) never
+    decays. Frozen parameters are left out.
+
+    Raises:
+        RecipeError: nothing is left to train.
+    """
+    decaying, plain = [], []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        marked = getattr(parameter, "_no_weight_decay", False)
+        (decaying if parameter.ndim >= 2 and not marked else plain).append(parameter)
+    if not decaying and not plain:
+        raise RecipeError("every parameter of the model is frozen: there is nothing to train")
+    groups = [
+        {"params": decaying, "lr": train.lr, "weight_decay": train.weight_decay},
+        {"params": plain, "lr": train.lr, "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def effective_stage(train: TrainConfig) -> int:
+    """The ZeRO stage that runs (see the module's first note)."""
+    if train.zero_stage == 0 and train.precision == "bf16":
+        log.info("train.zero_stage=0 with bf16 runs as stage 1: DeepSpeed's stage 0 steps wrongly")
+        return 1
+    return train.zero_stage
+
+
+def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's config dict for a model of so many ``parameters``."""
+    stage = effective_stage(train)
+    # Buckets no larger than the model: DeepSpeed allocates them whole.
+    bucket = max(1, min(parameters, 200_000_000))
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if stage == 3:
+        # Small parameters stay whole on every rank; "small" is relative to the model.
+        zero["stage3_param_persistence_threshold"] = min(100_000, parameters // 1000)
+        zero["stage3_prefetch_bucket_size"] = bucket
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch(train, world),
+        "gradient_accumulation_steps": train.accumulate,
+        "gradient_clipping": float(train.clip_norm),
+        "zero_optimization": zero,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
+    if stage > 0:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+class Engine:
+    """DeepSpeed around ``model``, which it changes in place (dtype, and at stage 3 partitioning).
+
+    Args:
+        model: ``model(batch) -> (loss, logs)``.
+        train: The recipe's ``train`` section.
+        world: After :func:`fmrizoo.trainer.device.init_distributed`.
+        device: Where this rank computes.
+    """
+
+    def __init__(
+        self, model: nn.Module, train: TrainConfig, world: World, device: torch.device
+    ) -> None:
+        self._deepspeed = load_deepspeed(device)
+        self.model = model
+        self.device = device
+        self.dtype = DTYPES[train.precision]
+        self.stage = effective_stage(train)
+        self._exact = self._high_precision_copy(world)
+        groups = param_groups(model, train)
+        self._rates = [float(g["lr"]) for g in groups]
+        total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        first, second = train.betas
+        optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=train.eps)
+        self._engine, *_ = self._deepspeed.initialize(
+            model=model.to(device),
+            optimizer=optimizer,
+            config=deepspeed_config(train, world, total),
+            dist_init_required=False,
+        )
+
+    def _high_precision_copy(self, world: World) -> dict[str, Tensor]:
+        """fp32 values of what is not trained (bf16 rounds them in place), for the export."""
+        if self.dtype == torch.float32 or not world.main:
+            return {}
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            name: value.detach().cpu().clone()
+            for name, value in self.model.state_dict().items()
+            if name not in trained and value.is_floating_point()
+        }
+
+    @property
+    def lr(self) -> float:
+        """Rate of the first group at the last step."""
+        return float(self._engine.optimizer.param_groups[0]["lr"])
+
+    def accumulate(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of one micro-batch; returns the unscaled loss and the logs.
+
+        After the last micro-batch of a step the gradients are the mean over micro-batches and
+        ranks (left to :meth:`step` at ZeRO 1–3).
+        """
+        self._advance()
+        loss, logs = self._engine(batch)
+        self._engine.backward(loss)
+        self._pending = True
+        return loss.detach(), logs
+
+    _pending = False
+
+    def _advance(self) -> None:
+        # DeepSpeed counts micro-batches in its step(): between two of them it only counts.
+        if self._pending:
+            self._engine.step()
+            self._pending = False
+
+    def step(self, factor: float) -> float:
+        """Optimizer step at ``rate × factor`` of each group; returns the norm before clipping.
+
+        Raises:
+            TrainingError: a gradient is not finite (the step may have been applied in part:
+                nothing of this engine may be saved any more).
+        """
+        for group, rate in zip(self._engine.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        norm = self._own_norm() if self.stage == 0 else None
+        if norm is None or torch.isfinite(torch.tensor(norm)):
+            self._advance()
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        # DeepSpeed writes -1 or inf where the norm was not finite, and skips such a step silently.
+        if not 0 <= norm < float("inf"):
+            raise TrainingError("the gradient is not finite")
+        return norm
+
+    def _own_norm(self) -> float:
+        """Global gradient norm where DeepSpeed offers none (stage 0: whole gradients everywhere)."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state of all ranks below ``folder`` (every rank calls it)."""
+        self._engine.save_checkpoint(str(folder), tag=_INNER)
+
+    def load(self, folder: Path) -> None:
+        """Inverse of :meth:`save`, on a freshly made engine of the same world size.
+
+        Raises:
+            CheckpointError: the checkpoint belongs to another model.
+        """
+        try:
+            path, _ = self._engine.load_checkpoint(str(folder), tag=_INNER)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder} does not fit this model: {str(error).splitlines()[0]}"
+            ) from error
+        if path is None:
+            raise CheckpointError(f"{folder} holds no DeepSpeed checkpoint")
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """fp32 (or integer) value of every parameter and buffer, one after the other.
+
+        Every rank must iterate: at stage 3 and in bf16 the values are gathered one at a time.
+        Tensors of rank 0 are on the CPU and complete.
+        """
+        gathered = self._deepspeed.zero.GatheredParameters
+        whole = self._deepspeed.utils.safe_get_full_fp32_param
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        for name in self.model.state_dict():
+            if name in parameters and parameters[name].requires_grad and self.stage > 0:
+                yield name, whole(parameters[name]).detach().cpu()
+            elif name in parameters and self.stage == 3:
+                with gathered([parameters[name]]):
+                    value = parameters[name].detach().cpu().clone()
+                yield name, self._unrounded(name, value)
+            else:
+                value = parameters[name] if name in parameters else buffers[name]
+                yield name, self._unrounded(name, value.detach().cpu().clone())
+
+    def _unrounded(self, name: str, value: Tensor) -> Tensor:
+        """The fp32 original of a value that bf16 merely rounded; others widened to fp32."""
+        exact = self._exact.get(name)
+        if exact is not None and torch.equal(exact.to(value.dtype), value):
+            return exact
+        return value.float() if value.is_floating_point() else value
+
+    def close(self) -> None:
+        """Let go of gradients, optimizer state and hooks."""
+        self._engine.destroy()

@@ -1,0 +1,150 @@
+"""The finished model: ``model.safetensors`` + ``config.json``, readable without DeepSpeed.
+
+``config.json`` holds what is needed to build the model again and to use it rightly: the recipe,
+the preprocessing contract, the task, the names of all runs the weights have seen, and the SHA-256
+of the weights, so that a config and weights that do not belong together are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fmrizoo import __version__
+from fmrizoo.errors import CheckpointError, FmrizooError
+from fmrizoo.trainer.files import publish, sha256, write_json
+from fmrizoo.types import Contract, TaskSpec
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+SCHEMA = "fmrizoo.model/1"
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What travels with the weights.
+
+    Attributes:
+        recipe: Plain containers of :func:`fmrizoo.config.to_dict`.
+        contract: How the training data were preprocessed; data at use are compared with it.
+        task: What the head predicts (fine-tuned models).
+        seen_runs: Names of all runs whose BOLD the weights were trained on, those of the encoder
+            the run started from included: what a test set must not contain.
+        step: Optimizer steps behind the weights.
+        parameters: Number of parameters (filled by :func:`save_model`).
+        fmrizoo_version: Version that wrote the folder.
+        sha256: Of the weights file (filled by :func:`save_model`).
+    """
+
+    recipe: dict[str, Any]
+    contract: Contract | None = None
+    task: TaskSpec | None = None
+    seen_runs: tuple[str, ...] = ()
+    step: int = 0
+    parameters: int = 0
+    fmrizoo_version: str = __version__
+    sha256: str = ""
+    schema: str = field(default=SCHEMA)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["contract"] = self.contract.to_dict() if self.contract else None
+        values["task"] = asdict(self.task) if self.task else None
+        values["seen_runs"] = sorted(self.seen_runs)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelInfo:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: another schema, unknown or missing fields.
+        """
+        if values.get("schema") != SCHEMA:
+            raise CheckpointError(f"schema is {values.get('schema')!r}, expected {SCHEMA!r}")
+        values = dict(values)
+        if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
+            raise CheckpointError(f"unknown fields {unknown}")
+        try:
+            contract, task = values.pop("contract"), values.pop("task")
+            if task is not None:
+                task = TaskSpec(**{**task, "classes": tuple(task["classes"])})
+            return cls(
+                **{**values, "seen_runs": tuple(values["seen_runs"])},
+                contract=Contract.from_dict(contract) if contract is not None else None,
+                task=task,
+            )
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"a field is missing or malformed: {error}") from None
+
+
+def save_model(folder: Path, model: nn.Module | Mapping[str, Tensor], info: ModelInfo) -> ModelInfo:
+    """Write ``folder``/model.safetensors and then config.json, each atomically.
+
+    Args:
+        folder: Made if absent.
+        model: A module, or its ``state_dict``.
+        info: ``parameters`` and ``sha256`` are filled in here.
+
+    Returns:
+        The completed info.
+    """
+    from dataclasses import replace
+
+    from safetensors.torch import save_file
+
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    # Own copies: safetensors refuses tensors that share memory (tied weights).
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    if isinstance(model, nn.Module):
+        count = sum(p.numel() for p in model.parameters())
+    else:
+        count = info.parameters or sum(t.numel() for t in tensors.values())
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{WEIGHTS}.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    done = replace(info, parameters=count, sha256=sha256(temporary))
+    publish(temporary, folder / WEIGHTS)
+    write_json(folder / CONFIG, done.to_dict())
+    return done
+
+
+def read_info(folder: Path) -> ModelInfo:
+    """Only ``config.json`` of a model folder (see :func:`read_model`)."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no model folder: it holds no {CONFIG}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise CheckpointError("it is not a JSON object")
+        return ModelInfo.from_dict(values)
+    except (FmrizooError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def read_model(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
+    """Weights and info that :func:`save_model` wrote.
+
+    Raises:
+        CheckpointError: a file is missing or unreadable, or the weights are not those that the
+            config was written with.
+    """
+    from safetensors.torch import load_file
+
+    info = read_info(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no {WEIGHTS}")
+    if (found := sha256(path)) != info.sha256:
+        raise CheckpointError(
+            f"{path} is damaged or belongs to another {CONFIG}: its SHA-256 is {found[:12]}…, "
+            f"{CONFIG} says {info.sha256[:12]}…; copy or export the model again"
+        )
+    return load_file(path), info

@@ -1,0 +1,189 @@
+"""The run folder: recipe.yaml, env.json, metrics.jsonl, checkpoints/, model/."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fmrizoo.config import Recipe, to_dict, to_yaml
+from fmrizoo.errors import CheckpointError, RecipeError
+from fmrizoo.trainer.device import World, environment
+from fmrizoo.trainer.files import sync_file, write_json, write_text
+
+log = logging.getLogger(__name__)
+
+# May differ between two starts of one run: none of them changes a number that is computed.
+SAFE_KEYS = frozenset(
+    {
+        "train.keep",
+        "train.log_every",
+        "train.save_every",
+        "train.validate_every",
+        "train.device",
+        "data.threads",
+        "data.store",
+    }
+)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to leaves (lists are leaves)."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def deciding_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's leaves without those that may change when a run goes on."""
+    # None and an absent key mean the same: to_dict leaves the sections that are None out.
+    return {k: v for k, v in flatten(recipe).items() if k not in SAFE_KEYS and v not in (None, {})}
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 of what :func:`deciding_keys` keeps."""
+    text = json.dumps(deciding_keys(to_dict(recipe)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Refuse to go on under another recipe than the one the folder was started with.
+
+        Raises:
+            RecipeError: names every changed key with its old and new value.
+            CheckpointError: the folder's recipe cannot be read.
+        """
+        if not self.recipe.is_file():
+            return
+        try:
+            loaded = OmegaConf.to_container(OmegaConf.load(self.recipe))
+        except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{self.recipe} cannot be read: {error}") from None
+        if not isinstance(loaded, dict):
+            raise CheckpointError(f"{self.recipe} is not a recipe")
+        before = deciding_keys({str(k): v for k, v in loaded.items()})
+        after = deciding_keys(to_dict(recipe))
+        changed = [
+            f"{key}: {before.get(key)!r} → {after.get(key)!r}"
+            for key in sorted(before.keys() | after.keys())
+            if before.get(key) != after.get(key)
+        ]
+        if changed:
+            raise RecipeError(
+                f"{self.path} was started under another recipe ({'; '.join(changed)}): "
+                f"undo the change to resume, or choose another output folder"
+            )
+
+    def write_start(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+        """Write recipe.yaml and env.json (versions, machine, and ``facts`` about this start)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.recipe, to_yaml(recipe))
+        write_json(self.path / "env.json", {**environment(), "git": git_commit(), **facts})
+
+    def finished(self, steps: int) -> bool:
+        """True where the exported model stands behind all ``steps``."""
+        from fmrizoo.trainer.export import CONFIG, read_info
+
+        return (self.model / CONFIG).is_file() and read_info(self.model).step == steps
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that the package runs from; None outside of one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("no git commit recorded: %s", error)
+        return None
+    return done.stdout.strip()
+
+
+def describe(world: World, device: str) -> dict[str, Any]:
+    """What env.json says about the ranks."""
+    return {"device": device, "world_size": world.size, "launcher": world.launcher}
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, ordered by step, no step twice.
+
+    Args:
+        path: The file; made if absent.
+        step: Lines after this step are dropped (they belong to work that a resumed run repeats),
+            and so is a half-written last line.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= step]
+        write_text(path, "".join(line + "\n" for line in kept))
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one line; it is visible to readers at once."""
+        self._file.write(json.dumps(dict(row)) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make the lines so far survive a power cut (before a checkpoint that counts on them)."""
+        sync_file(self.path)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file; an incomplete last line (a killed writer) is left out.
+
+    Raises:
+        CheckpointError: another line is not a metrics row.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                log.warning("%s: dropping the incomplete last line", path)
+                break
+            raise CheckpointError(f"{path}, line {number} is not a metrics row") from None
+        rows.append(row)
+    return rows
