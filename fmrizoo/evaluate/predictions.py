@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fmrizoo.data.files import write_atomic
 from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
-from fmrizoo.evaluate.files import write_text
 from fmrizoo.types import TaskSpec
 
 _FIXED = ["unit", "subject", "run", "target", "predicted", "n_clips"]
@@ -107,7 +107,7 @@ def write_predictions(path: Path, predictions: Sequence[Prediction], task: TaskS
         else:
             answer, scores = [repr(float(p.target)), repr(float(p.scores[0]))], []
         table.writerow([p.unit, p.subject, p.run, *answer, p.n_clips, *scores])
-    write_text(path, out.getvalue())
+    write_atomic(path, out.getvalue().encode())
 
 
 def read_predictions(path: Path) -> tuple[list[Prediction], tuple[str, ...]]:

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fmrizoo.data.files import write_atomic
 from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
-from fmrizoo.evaluate.files import write_text
 from fmrizoo.evaluate.metrics import Values
 
 SCHEMA = "fmrizoo.result/1"
@@ -106,7 +106,7 @@ def write_result(folder: Path, result: Result) -> Path:
     """Write ``folder/results.json`` atomically and return its path."""
     path = folder / FILE
     text = json.dumps({"schema": SCHEMA, **asdict(result)}, indent=2, ensure_ascii=False)
-    write_text(path, text + "\n")
+    write_atomic(path, (text + "\n").encode())
     return path
 
 

@@ -103,6 +103,6 @@ def test_bad_tables_are_refused(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_table(tmp_path: Path) -> None:
     path = tmp_path / "p.tsv"
     path.mkdir()
-    with pytest.raises(DataError, match="could not be written"):
+    with pytest.raises(DataError, match="cannot write"):
         write_predictions(path, [clip("a", (0.0, 1.0, 2.0))], CLASSES)
     assert [p.name for p in tmp_path.iterdir()] == ["p.tsv"]
