@@ -1,0 +1,66 @@
+"""Files that are either whole or absent: write beside, fsync, rename, fsync the folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fmrizoo.errors import DataError
+
+PART = ".part"  # suffix of a file that is being written; never read, removed by the next writer
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, final: Path, *, read_only: bool = False) -> None:
+    """Flush ``temporary`` to disk and rename it to ``final``."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    if read_only:
+        os.chmod(temporary, 0o444)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a small file; a reader sees the old content or the new, never a part.
+
+    Raises:
+        DataError: the folder cannot be written or the disk is full (the old file is untouched).
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        publish(temporary, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def canonical(values: Any) -> bytes:
+    """JSON whose bytes depend on the values only: the input of every checksum here."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

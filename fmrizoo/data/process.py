@@ -1,0 +1,142 @@
+"""One run from NIfTI to encoded frames: load, check, place, clean, measure, encode."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmrizoo.config import PrepareConfig
+from fmrizoo.data.bids import RunFile
+from fmrizoo.data.codec import Encoded, encode
+from fmrizoo.data.confounds import load_confounds, regress
+from fmrizoo.data.files import sha256_of
+from fmrizoo.data.nifti import LoadedRun, load_run, read_events
+from fmrizoo.data.spatial import place, voxel_size
+from fmrizoo.errors import DataError
+from fmrizoo.types import Contract
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1  # raise when the same settings would give other bytes: runs are then prepared again
+_LOST = 0.01  # share of the brain outside the stored grid above which we say so
+
+
+def settings_of(config: PrepareConfig) -> dict[str, Any]:
+    """The settings that change a run's stored bytes (``select`` only chooses runs)."""
+    settings = {k: v for k, v in asdict(config).items() if k not in ("select", "on_tr_conflict")}
+    if config.space == "native":
+        for unused in ("grid", "voxel_size", "center"):
+            settings.pop(unused)
+    if Path(config.mask).is_file():
+        settings["mask"] = "file"  # its bytes are in the fingerprint
+    for key, value in settings.items():
+        if isinstance(value, (list, tuple)):
+            settings[key] = [float(v) for v in value]
+    return {**settings, "format": _FORMAT}
+
+
+def fingerprint(run: RunFile, config: PrepareConfig) -> dict[str, Any]:
+    """What a run is made from: equal fingerprints give equal stored values.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    mask = {"auto": run.mask, "compute": None}.get(config.mask, Path(config.mask))
+    confounds = run.confounds if config.confounds else None
+    parts = {"bold": run.path, "mask": mask, "events": run.events, "confounds": confounds}
+    sums = {}
+    for part, path in parts.items():
+        if path is not None and not path.is_file():
+            raise DataError(f"{part} file {path} does not exist")
+        sums[part] = None if path is None else sha256_of(path)
+    return {"sha256": sums, "tr": run.tr, "settings": settings_of(config)}
+
+
+def process(
+    run: RunFile, config: PrepareConfig
+) -> tuple[dict[str, Any], Encoded, NDArray[np.bool_]]:
+    """Metadata, encoded frames and stored-space mask of one run.
+
+    Raises:
+        DataError: the run cannot be used (one sentence, file named).
+    """
+    from fmrizoo import __version__
+
+    loaded = load_run(run, config)
+    mask, affine = place(loaded.mask, loaded.affine, config, nearest=True)
+    if not mask.any():
+        raise DataError(
+            f"{run.path}: no brain voxel lies in the stored grid (prepare.grid, voxel_size, center)"
+        )
+    _report_lost(run.path, loaded, mask, affine)
+    bold = _in_brain(loaded, mask, config)
+    if config.confounds:
+        n_all = len(bold) + config.dummy_scans
+        confounds, kept = load_confounds(run.path, config.confounds, n_all)
+        bold = regress(bold, confounds[config.dummy_scans :], kept[config.dummy_scans :])
+    if not np.isfinite(bold).all():
+        raise DataError(f"{run.path}: placing it in the stored grid gave non-finite values")
+    contract = Contract(
+        space=config.space,
+        orientation=config.orientation,
+        grid=(mask.shape[0], mask.shape[1], mask.shape[2]),
+        voxel_size=voxel_size(affine),
+        tr=loaded.tr,
+        code_version=__version__,
+    )
+    key = asdict(run.key)
+    meta = {
+        "name": str(run.key),
+        "uuid": uuid.uuid4().hex,
+        "key": {**key, "extra": [list(pair) for pair in run.key.extra]},
+        "tr": loaded.tr,
+        "grid": list(mask.shape),
+        "affine": affine.tolist(),
+        "contract": {**contract.to_dict(), "grid": list(mask.shape)},
+        "events": read_events(run.events, config.dummy_scans * loaded.tr),
+        "statistics": statistics(bold),
+        "source": run.path.name,
+    }
+    return meta, encode(bold, config.codec, config.max_error), mask
+
+
+def statistics(bold: NDArray[np.float32]) -> dict[str, float]:
+    """mean, std (population), min, max, median, iqr over brain voxels × frames."""
+    low, median, high = np.percentile(bold, [25, 50, 75])
+    return {
+        "mean": float(bold.mean(dtype=np.float64)),
+        "std": float(bold.std(dtype=np.float64)),
+        "min": float(bold.min()),
+        "max": float(bold.max()),
+        "median": float(median),
+        "iqr": float(high - low),
+    }
+
+
+def _in_brain(
+    loaded: LoadedRun, mask: NDArray[np.bool_], config: PrepareConfig
+) -> NDArray[np.float32]:
+    """``(frames, n_vox)`` in the stored grid, a frame block at a time to bound the memory."""
+    n_frames = loaded.bold.shape[3]
+    out = np.empty((n_frames, int(mask.sum())), np.float32)
+    for start in range(0, n_frames, 32):
+        part, _ = place(loaded.bold[..., start : start + 32], loaded.affine, config)
+        out[start : start + 32] = part[mask].T
+    return out
+
+
+def _report_lost(
+    path: Path, loaded: LoadedRun, mask: NDArray[np.bool_], affine: NDArray[np.float64]
+) -> None:
+    volume = abs(np.linalg.det(loaded.affine[:3, :3])) * loaded.mask.sum()
+    kept = abs(np.linalg.det(affine[:3, :3])) * mask.sum()
+    if kept < (1 - _LOST) * volume:
+        log.warning(
+            "%s: %.1f %% of the brain lies outside the stored grid", path, 100 * (1 - kept / volume)
+        )

@@ -1,0 +1,317 @@
+"""Reading a store: the folder that ``prepare`` wrote (``index.json`` and one HDF5 file a subject)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fmrizoo.data.files import canonical, write_atomic
+from fmrizoo.data.reader import RunReader
+from fmrizoo.errors import CorruptStoreError, DataError
+from fmrizoo.registry import suggest
+from fmrizoo.types import Contract, RunKey
+
+if TYPE_CHECKING:
+    import pandas
+
+INDEX = "index.json"
+PARTICIPANTS = "participants.tsv"
+SCHEMA = "fmrizoo.store/1"
+_ENTITIES = ("subject", "session", "task", "acquisition", "run")
+_SHORT = {"sub": "subject", "ses": "session", "acq": "acquisition"}
+_OTHER = ("dir", "echo", "rec", "res", "ce", "part", "space", "den", "hemi", "recording")
+
+
+class Fault(NamedTuple):
+    """One thing that :meth:`Store.verify` found wrong."""
+
+    file: str
+    run: str
+    message: str
+
+
+@dataclass(frozen=True, eq=False)
+class RunInfo:
+    """What the index knows about one run, without opening its file.
+
+    Attributes:
+        key: BIDS identity; ``name`` is its string.
+        file: The subject's file, relative to the store.
+        uuid: Changes whenever the run is prepared again.
+        n_frames, n_vox, grid: Size in time, in brain voxels, and of the box.
+        tr: Seconds between two frames.
+        kind: Stored numbers: int8, int16, float16 or float32.
+        contract: How the run was preprocessed.
+        affine: ``(4, 4)`` voxel → RAS millimetres, nested tuples.
+        events: Rows of events.tsv; onsets count from the first stored frame.
+        statistics: mean, std, min, max, median, iqr over brain voxels × frames.
+        fingerprint: Checksums of the sources and settings that made the run.
+        quantisation_error: Rms error / temporal s.d.
+        meta_crc32: Checksum of the run's metadata in the file.
+    """
+
+    key: RunKey
+    name: str
+    file: str
+    uuid: str
+    n_frames: int
+    n_vox: int
+    grid: tuple[int, int, int]
+    tr: float
+    kind: str
+    contract: Contract
+    affine: tuple[tuple[float, ...], ...]
+    events: tuple[dict[str, Any], ...]
+    statistics: dict[str, float]
+    fingerprint: dict[str, Any]
+    quantisation_error: float
+    meta_crc32: int
+
+    @property
+    def subject(self) -> str:
+        """Label without ``sub-``."""
+        return self.key.subject
+
+    @classmethod
+    def from_entry(cls, entry: Mapping[str, Any]) -> RunInfo:
+        """From one entry of the index (or a run's ``meta`` plus file and checksum)."""
+        values = {f.name: entry[f.name] for f in fields(cls)}
+        key = dict(entry["key"])
+        key["extra"] = tuple((k, v) for k, v in key.get("extra", ()))
+        x, y, z = entry["grid"]
+        values |= {
+            "key": RunKey(**key),
+            "grid": (x, y, z),
+            "contract": Contract.from_dict(entry["contract"]),
+            "affine": tuple(tuple(row) for row in entry["affine"]),
+            "events": tuple(entry["events"]),
+        }
+        return cls(**values)
+
+
+def matches(key: RunKey, select: Mapping[str, str]) -> bool:
+    """Whether every entity of ``select`` has its value; ``1`` and ``01`` are the same number.
+
+    Raises:
+        DataError: a key that is no BIDS entity.
+    """
+    extra = dict(key.extra)
+    for name, wanted in select.items():
+        name = _SHORT.get(name, name)
+        if name not in _ENTITIES and name not in _OTHER and name not in extra:
+            raise DataError(
+                f"select.{name} is not a BIDS entity.{suggest(name, [*_ENTITIES, *_OTHER])}"
+            )
+        value = getattr(key, name) if name in _ENTITIES else extra.get(name, "")
+        wanted = str(wanted).removeprefix("sub-") if name == "subject" else str(wanted)
+        same_number = value.isdigit() and wanted.isdigit() and int(value) == int(wanted)
+        if value != wanted and not same_number:
+            return False
+    return True
+
+
+def index_checksum(body: Mapping[str, Any]) -> str:
+    """SHA-256 of the index without its own checksum."""
+    return hashlib.sha256(canonical({k: v for k, v in body.items() if k != "sha256"})).hexdigest()
+
+
+def write_index(path: Path, entries: Sequence[Mapping[str, Any]], code_version: str) -> None:
+    """Publish the index of the store folder ``path`` atomically."""
+    runs = sorted((dict(e) for e in entries), key=lambda e: str(e["name"]))
+    body: dict[str, Any] = {"schema": SCHEMA, "code_version": code_version, "runs": runs}
+    body["sha256"] = index_checksum(body)
+    write_atomic(path / INDEX, json.dumps(body, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def read_index(path: Path) -> list[dict[str, Any]]:
+    """The run entries of the store folder ``path``.
+
+    Raises:
+        DataError: no index there, or one of another format version.
+        CorruptStoreError: its content is not what was written.
+    """
+    file = path / INDEX
+    if not file.is_file():
+        found = "the folder does not exist" if not path.is_dir() else f"it has no {INDEX}"
+        raise DataError(f"{path} is not a store ({found}): run `fmrizoo prepare` first")
+    try:
+        body = json.loads(file.read_bytes())
+        schema, checksum, runs = body["schema"], body["sha256"], body["runs"]
+        good = checksum == index_checksum(body)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptStoreError(f"{file} is damaged ({error}): run prepare again") from None
+    if not good:
+        raise CorruptStoreError(f"{file} does not match its checksum: run prepare again")
+    if schema != SCHEMA:
+        raise DataError(f"{file} has format {schema!r}, this version of fmrizoo reads {SCHEMA!r}")
+    return list(runs)
+
+
+class Store:
+    """A prepared store.
+
+    Args:
+        path: Folder that ``prepare`` wrote.
+        cache: Runs kept open (each holds about 9 bytes per brain voxel); the least recently
+            used is closed once nothing reads from it any more.
+
+    Raises:
+        DataError: not a store.
+        CorruptStoreError: the index is damaged.
+    """
+
+    def __init__(self, path: str | Path, cache: int = 64) -> None:
+        self.path = Path(path)
+        self._entries = {e["name"]: e for e in read_index(self.path)}
+        self.runs: tuple[RunInfo, ...] = tuple(map(RunInfo.from_entry, self._entries.values()))
+        self._by_name = {run.name: run for run in self.runs}
+        self._capacity = cache
+        self._open: OrderedDict[str, RunReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Path, int]]:
+        # Open files do not travel to another process: it opens its own.
+        return Store, (self.path, self._capacity)
+
+    @property
+    def contract(self) -> Contract:
+        """The contract that all runs share; see :func:`common_contract`."""
+        return common_contract(self.runs)
+
+    @property
+    def participants(self) -> pandas.DataFrame | None:
+        """participants.tsv with every column as text, ``n/a`` missing; None if there is none."""
+        file = self.path / PARTICIPANTS
+        return read_table(file) if file.is_file() else None
+
+    def __getitem__(self, name: str) -> RunInfo:
+        """The run called ``name``; DataError with the nearest name otherwise."""
+        if name not in self._by_name:
+            raise DataError(f"no run {name!r} in {self.path}.{_nearest(name, list(self._by_name))}")
+        return self._by_name[name]
+
+    def select(self, entities: Mapping[str, str] | None = None) -> list[RunInfo]:
+        """Runs whose BIDS entities match; all for an empty ``entities``.
+
+        Raises:
+            DataError: an unknown entity, or nothing matches.
+        """
+        chosen = [run for run in self.runs if matches(run.key, entities or {})]
+        if not chosen:
+            names = ", ".join(run.name for run in self.runs[:3])
+            raise DataError(
+                f"no run of {self.path} matches select={dict(entities or {})}; "
+                f"it holds {len(self.runs)} runs such as {names or '(none)'}"
+            )
+        return chosen
+
+    def open(self, run: RunInfo | str) -> RunReader:
+        """A reader of one run, shared between threads.
+
+        Raises:
+            CorruptStoreError: the file is missing, damaged, or not the one the index describes.
+        """
+        info = self[run] if isinstance(run, str) else run
+        with self._lock:
+            reader = self._open.get(info.name)
+            if reader is not None:
+                self._open.move_to_end(info.name)
+                return reader
+        reader = RunReader(self.path / info.file, info.name, info.uuid, info.meta_crc32)
+        with self._lock:
+            reader = self._open.setdefault(info.name, reader)
+            self._open.move_to_end(info.name)
+            while len(self._open) > self._capacity:
+                self._open.popitem(last=False)
+        return reader
+
+    def close(self) -> None:
+        """Forget the cached readers; each file closes when its last user is done."""
+        with self._lock:
+            self._open.clear()
+
+    def summary(self) -> dict[str, Any]:
+        """Counts and settings in plain types, for ``fmrizoo inspect``."""
+        files = sorted({run.file for run in self.runs})
+        contracts: dict[bytes, Contract] = {}
+        for run in self.runs:
+            contracts.setdefault(canonical(run.contract.to_dict()), run.contract)
+        participants = self.participants
+        return {
+            "path": str(self.path),
+            "subjects": len({run.subject for run in self.runs}),
+            "runs": len(self.runs),
+            "frames": sum(run.n_frames for run in self.runs),
+            "minutes": sum(run.n_frames * run.tr for run in self.runs) / 60,
+            "bytes": sum((self.path / f).stat().st_size for f in files if (self.path / f).exists()),
+            "missing_files": [f for f in files if not (self.path / f).exists()],
+            "stored_as": dict(Counter(run.kind for run in self.runs)),
+            "quantisation_error": max((run.quantisation_error for run in self.runs), default=0.0),
+            "brain_voxels": sorted({run.n_vox for run in self.runs}),
+            "contracts": [contract.to_dict() for contract in contracts.values()],
+            "trial_types": sorted(
+                {str(e["trial_type"]) for run in self.runs for e in run.events if "trial_type" in e}
+            ),
+            "participants_columns": [] if participants is None else list(participants.columns),
+        }
+
+    def verify(self) -> list[Fault]:
+        """Read every byte and compare every checksum; an empty list means all is well."""
+        faults = []
+        for run in self.runs:
+            try:
+                reader = RunReader(self.path / run.file, run.name, run.uuid, run.meta_crc32)
+            except CorruptStoreError as error:
+                faults.append(Fault(run.file, run.name, str(error)))
+                continue
+            for frame in range(reader.n_frames):
+                try:
+                    reader.read_compact(frame, 1)
+                except CorruptStoreError as error:
+                    faults.append(Fault(run.file, run.name, str(error)))
+        return faults
+
+
+def common_contract(runs: Sequence[RunInfo]) -> Contract:
+    """The contract that ``runs`` share.
+
+    Raises:
+        DataError: no runs, or runs that were preprocessed differently (named in the message).
+    """
+    if not runs:
+        raise DataError("there are no runs, so there is no preprocessing contract")
+    first = runs[0]
+    for run in runs[1:]:
+        if differences := first.contract.differences(run.contract):
+            raise DataError(
+                f"runs {first.name} and {run.name} were preprocessed differently "
+                f"({'; '.join(differences)}): pick one kind with data.select"
+            )
+    return first.contract
+
+
+def read_table(file: Path) -> pandas.DataFrame:
+    """A BIDS TSV with every column as text; ``n/a`` and empty cells are missing.
+
+    Raises:
+        DataError: not a tab-separated table.
+    """
+    import pandas
+
+    try:
+        return pandas.read_csv(
+            file, sep="\t", dtype=str, keep_default_na=False, na_values=["n/a", "N/A", ""]
+        )
+    except (ValueError, OSError) as error:
+        raise DataError(f"{file} is not a tab-separated table: {error}") from None
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    text = suggest(name, known)
+    return text if len(known) <= 20 else text.split(" Available")[0]
