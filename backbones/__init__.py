@@ -1,4 +1,8 @@
-"""This folder is the package ``fmrizoo.backbones`` (see pyproject.toml)."""
+"""Backbones. This folder is the package ``fmrizoo.backbones`` (see pyproject.toml)."""
 
 if __name__ != "fmrizoo.backbones":
     raise ImportError("import fmrizoo.backbones, not the bare folder 'backbones'")
+
+from fmrizoo.backbones.swin4d import Swin4D, Swin4DConfig
+
+__all__ = ["Swin4D", "Swin4DConfig"]

@@ -37,16 +37,26 @@ class PrepareConfig:
     space: str = "MNI152NLin2009cAsym"  # BIDS space to pick; `native`: keep each run's own voxels
     grid: list[int] = field(default_factory=lambda: [96, 96, 96])  # voxels x y z (not for native)
     voxel_size: list[float] = field(default_factory=lambda: [2.0, 2.0, 2.0])  # millimetres
-    center: list[float] = field(default_factory=lambda: [1.0, -17.0, 17.0])  # mm, middle of the grid
+    center: list[float] = field(
+        default_factory=lambda: [1.0, -17.0, 17.0]
+    )  # mm, middle of the grid
     orientation: str = "RAS"  # axis codes of the stored array; SwiFT's weights expect LAS
     mask: str = "auto"  # auto: the BIDS desc-brain_mask; compute: nilearn's EPI mask; or a file
     dummy_scans: int = 0  # volumes dropped at the start of every run
     tr: float | None = None  # seconds; None: the sidecar's RepetitionTime, else the header's
-    on_tr_conflict: str = "stop"  # header and sidecar disagree: stop | sidecar (follow it, and say so)
-    confounds: str | None = None  # nilearn strategy: simple, scrubbing, compcor, ica_aroma; None: none
-    codec: str = "int8"  # int8 (in-brain voxels, one pread a window) | gzip (dense, any h5py reads it)
+    on_tr_conflict: str = (
+        "stop"  # header and sidecar disagree: stop | sidecar (follow it, and say so)
+    )
+    confounds: str | None = (
+        None  # nilearn strategy: simple, scrubbing, compcor, ica_aroma; None: none
+    )
+    codec: str = (
+        "int8"  # int8 (in-brain voxels, one pread a window) | gzip (dense, any h5py reads it)
+    )
     max_error: float = 0.02  # int8 → int16 above this rms error / temporal s.d.
-    select: dict[str, str] = field(default_factory=dict)  # BIDS entities to keep, {acquisition: 1slice}
+    select: dict[str, str] = field(
+        default_factory=dict
+    )  # BIDS entities to keep, {acquisition: 1slice}
 
     def __post_init__(self) -> None:
         _one_of("prepare.codec", self.codec, ("int8", "gzip"))
@@ -180,7 +190,9 @@ class Recipe:
     task: TaskConfig = field(default_factory=TaskConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    init_from: str | None = None  # model folder whose encoder weights start the run; {fold} is filled in
+    init_from: str | None = (
+        None  # model folder whose encoder weights start the run; {fold} is filled in
+    )
 
     def __post_init__(self) -> None:
         _require(
