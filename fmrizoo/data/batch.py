@@ -1,0 +1,179 @@
+"""Compact samples (in-brain voxels as stored) and how they become a :class:`Batch` on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fmrizoo.data.clips import Label
+from fmrizoo.data.codec import Array
+from fmrizoo.data.normalize import voxel_affine
+from fmrizoo.data.reader import RunReader
+from fmrizoo.data.store import Store
+from fmrizoo.types import Batch
+
+
+@dataclass(frozen=True)
+class _OnDevice:
+    a: Tensor
+    b: Tensor
+    index: Tensor
+    mask: Tensor
+
+
+class RunDecode:
+    """Turns a run's stored numbers into normalised voxels; shared by all its samples.
+
+    Pickled as a reference (store, run, mode), so that samples stay small between processes.
+    """
+
+    def __init__(self, store: Path, reader: RunReader, mode: str) -> None:
+        self._where = (store, reader.name, mode)
+        affine = voxel_affine(reader, mode)
+        self.background = affine.background
+        self.grid = reader.grid
+        self.n_vox = reader.n_vox
+        self._cpu = _OnDevice(
+            torch.from_numpy(affine.a),
+            torch.from_numpy(affine.b),
+            torch.from_numpy(reader.index),
+            torch.from_numpy(reader.mask),
+        )
+        # Only ever one device besides the CPU, and its copies live as long as this run is cached.
+        self._moved: dict[torch.device, _OnDevice] = {torch.device("cpu"): self._cpu}
+
+    def __reduce__(self) -> tuple[object, tuple[Path, str, str]]:
+        return _decode_again, self._where
+
+    def on(self, device: torch.device) -> _OnDevice:
+        """The tensors on ``device`` (copied there once)."""
+        if device not in self._moved:
+            c = self._cpu
+            self._moved[device] = _OnDevice(*(v.to(device) for v in (c.a, c.b, c.index, c.mask)))
+        return self._moved[device]
+
+
+@lru_cache(maxsize=8)
+def _store_again(path: Path) -> Store:
+    return Store(path)
+
+
+@lru_cache(maxsize=64)
+def _decode_again(path: Path, run: str, mode: str) -> RunDecode:
+    return RunDecode(path, _store_again(path).open(run), mode)
+
+
+@dataclass(frozen=True, eq=False)
+class CompactSample:
+    """One clip as stored.
+
+    Attributes:
+        rows: ``(frames, row)``: brain voxels first, then padding. Reused by the loader once the
+            sample and all arrays and tensors made from it are gone.
+        decode: How they become voxels.
+        subject, run, start, tr: Where the clip is from; ``tr`` seconds between its frames.
+        unit: What its prediction counts for.
+        label: Class name or value as in the table; ``target`` class index or value.
+        seed: The sample's own random seed.
+    """
+
+    rows: Array
+    decode: RunDecode
+    subject: str
+    run: str
+    start: int
+    tr: float
+    unit: str
+    label: Label | None
+    target: int | float | None
+    seed: int
+
+
+class CompactBatch:
+    """Samples of one micro-batch."""
+
+    def __init__(self, samples: Sequence[CompactSample]) -> None:
+        self.samples = tuple(samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def subject(self) -> list[str]:
+        """Subject labels."""
+        return [s.subject for s in self.samples]
+
+    @property
+    def run(self) -> list[str]:
+        """Run names."""
+        return [s.run for s in self.samples]
+
+    @property
+    def units(self) -> list[str]:
+        """What each prediction counts for: event, run or subject."""
+        return [s.unit for s in self.samples]
+
+    @property
+    def labels(self) -> list[Label | None]:
+        """Class names or values as in the table."""
+        return [s.label for s in self.samples]
+
+    def to_batch(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Batch:
+        """Normalised dense clips on ``device``; only the in-brain bytes travel there.
+
+        ``bold`` is ``(b, 1, x, y, z, t)`` over memory in the order b, t, x, y, z.
+        """
+        device = torch.device(device)
+        first = self.samples[0]
+        b, t = len(self.samples), first.rows.shape[0]
+        bold = torch.empty((b, t, *first.decode.grid), device=device, dtype=dtype)
+        masks = []
+        for clip, sample in zip(bold, self.samples, strict=True):
+            _fill(clip, sample, device)
+            masks.append(sample.decode.on(device).mask)
+        return Batch(
+            bold=bold.permute(0, 2, 3, 4, 1).unsqueeze(1),
+            mask=torch.stack(masks),
+            tr=torch.tensor([s.tr for s in self.samples], device=device),
+            subject=self.subject,
+            run=self.run,
+            start=torch.tensor([s.start for s in self.samples], device=device),
+            target=self._target(device),
+            seed=torch.tensor([s.seed for s in self.samples], dtype=torch.int64, device=device),
+        )
+
+    def _target(self, device: torch.device) -> Tensor | None:
+        values = [s.target for s in self.samples if s.target is not None]
+        if len(values) != len(self.samples):
+            return None
+        whole = all(isinstance(v, int) for v in values)
+        return torch.tensor(values, dtype=torch.int64 if whole else torch.float32, device=device)
+
+
+def _fill(clip: Tensor, sample: CompactSample, device: torch.device) -> None:
+    """``clip (t, x, y, z)`` ← background, then ``a * stored + b`` at the brain voxels."""
+    run = sample.decode.on(device)
+    stored = torch.from_numpy(sample.rows[:, : sample.decode.n_vox]).to(device)
+    # float32 whatever the dtype asked for: z-scores differ from large means in the last digits.
+    values = torch.addcmul(run.b, stored.to(torch.float32), run.a)
+    clip.fill_(sample.decode.background)
+    clip.view(clip.shape[0], -1).index_copy_(1, run.index, values.to(clip.dtype))
+
+
+def collate(samples: Sequence[CompactSample]) -> CompactBatch:
+    """For ``torch.utils.data.DataLoader(ClipDataset(...), collate_fn=collate)``."""
+    return CompactBatch(samples)
+
+
+def label_target(label: Label | None, targets: dict[str, int] | None) -> int | float | None:
+    """Class index of a label, or the value itself (regression)."""
+    if label is None:
+        return None
+    return targets[str(label)] if targets is not None else float(label)

@@ -1,0 +1,164 @@
+"""Which runs train, validate and test: drawn once from a seed, kept in a file, checked at use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmrizoo.config import SplitConfig
+from fmrizoo.data.files import canonical, write_atomic
+from fmrizoo.data.store import RunInfo, Store
+from fmrizoo.errors import DataError, RecipeError
+from fmrizoo.types import RunKey
+
+SCHEMA = "fmrizoo.split/1"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Run names by part.
+
+    Attributes:
+        train, validation, test: Run names, sorted; disjoint, and so are their units.
+        config: The settings that made the split.
+        sha: SHA-256 of parts and settings, quoted by every result made with it.
+    """
+
+    train: list[str]
+    validation: list[str]
+    test: list[str]
+    config: SplitConfig
+    sha: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        seen: dict[str, str] = {}
+        for part, names in self.parts().items():
+            for name in names:
+                if name in seen:
+                    raise DataError(f"run {name} is in the {seen[name]} and the {part} part")
+                seen[name] = part
+        object.__setattr__(self, "sha", hashlib.sha256(canonical(self._body())).hexdigest())
+
+    def parts(self) -> dict[str, list[str]]:
+        """The three lists by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    def _body(self) -> dict[str, Any]:
+        settings = {k: v for k, v in asdict(self.config).items() if k != "file"}
+        return {"schema": SCHEMA, "config": settings, **self.parts()}
+
+    def save(self, path: Path) -> None:
+        """Write the split as JSON, whole or not at all.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        body = {**self._body(), "sha": self.sha}
+        write_atomic(path, json.dumps(body, indent=1).encode() + b"\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Split:
+        """Read a split file.
+
+        Raises:
+            DataError: missing, not a split, edited by hand (its checksum differs), or overlapping.
+        """
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            if body.get("schema") != SCHEMA:
+                raise DataError(f"{path} is not a split file (schema {body.get('schema')!r})")
+            parts = [[str(n) for n in body[p]] for p in ("train", "validation", "test")]
+            split = cls(*parts, SplitConfig(**body["config"]))
+            written = body["sha"]
+        except FileNotFoundError:
+            raise DataError(f"no split file {path}") from None
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
+            raise DataError(f"{path} is not a split file: {error}") from None
+        if written != split.sha:
+            raise DataError(f"{path} was changed after it was written (its checksum differs)")
+        return split
+
+    def check(self, store: Store) -> None:
+        """Make sure that the split can be used with ``store``.
+
+        Raises:
+            DataError: a run that the store lacks, or a unit divided between two parts.
+        """
+        names = {run.name for run in store.runs}
+        parts = self.parts()
+        if missing := sorted(n for part in parts.values() for n in part if n not in names):
+            raise DataError(
+                f"{len(missing)} runs of the split are not in {store.path} (first: {missing[0]}): "
+                f"it was made for another store"
+            )
+        where: dict[str, str] = {}
+        for part, listed in parts.items():
+            for name in listed:
+                unit = unit_of(store[name].key, self.config.by)
+                if where.setdefault(unit, part) != part:
+                    raise DataError(
+                        f"{self.config.by} {unit} is divided between the {where[unit]} and the "
+                        f"{part} part"
+                    )
+
+
+def unit_of(key: RunKey, by: str) -> str:
+    """The subject, session or recording that a run belongs to.
+
+    ``run`` ignores the acquisition label and how a file was made: two reductions of one recording
+    (or two echoes) must never be divided between training and test.
+    """
+    if by == "subject":
+        return str(RunKey(key.subject))
+    if by == "session":
+        return str(RunKey(key.subject, key.session))
+    direction = tuple(pair for pair in key.extra if pair[0] == "dir")
+    return str(RunKey(key.subject, key.session, key.task, run=key.run, extra=direction))
+
+
+def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Split:
+    """Fold ``config.fold`` of a seeded k-fold over units, with validation from the other units.
+
+    Over the folds every unit is in the test part exactly once. With ``config.file`` that split
+    is read instead and checked against the store.
+
+    Raises:
+        DataError: fewer units than folds, or none left to train on.
+    """
+    if config.file is not None:
+        split = Split.load(Path(config.file))
+        split.check(store)
+        return split
+    units: dict[str, list[str]] = {}
+    for run in runs:
+        units.setdefault(unit_of(run.key, config.by), []).append(run.name)
+    if len(units) < config.folds:
+        raise DataError(
+            f"split.folds={config.folds} needs at least as many units, but the {len(runs)} chosen "
+            f"runs are {len(units)} {config.by}(s): lower split.folds or change split.by"
+        )
+    order = np.random.default_rng(config.seed).permutation(len(units))
+    names = [sorted(units)[i] for i in order]
+    bounds = [len(names) * f // config.folds for f in range(config.folds + 1)]
+    low, high = bounds[config.fold], bounds[config.fold + 1]
+    test = names[low:high]
+    rest = names[high:] + names[:low]  # so that validation units, too, change with the fold
+    held_out = max(1, round(config.validation * len(rest))) if config.validation > 0 else 0
+    if held_out >= len(rest):
+        raise DataError(
+            f"{len(names)} {config.by}(s) in {config.folds} folds leave {len(rest)} beside the test "
+            f"part and {held_out} of them for validation: nothing is left to train on; lower "
+            f"split.validation"
+        )
+    parts = (rest[held_out:], rest[:held_out], test)
+    split = Split(*(sorted(n for u in part for n in units[u]) for part in parts), config)
+    split.check(store)
+    return split
