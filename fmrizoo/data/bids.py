@@ -6,6 +6,7 @@ entities include all of its own; the nearest folder and the most entities win.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmrizoo.config import PrepareConfig
-from fmrizoo.data.store import matches, read_table
+from fmrizoo.data.store import matches, read_table, records
 from fmrizoo.errors import DataError
 from fmrizoo.types import RunKey
 
@@ -78,8 +79,8 @@ def _key(entities: Mapping[str, str]) -> RunKey:
     extra = tuple(
         sorted((k, v) for k, v in entities.items() if k not in ("sub", *_NAMED, *_NOT_IDENTITY))
     )
-    named = {name: entities.get(short, "") for short, name in _NAMED.items()}
-    return RunKey(subject=entities.get("sub", ""), extra=extra, **named)
+    subject, session, task, acquisition, run = (entities.get(k, "") for k in ("sub", *_NAMED))
+    return RunKey(subject, session, task, acquisition, run, extra)
 
 
 def find_runs(source: Path, config: PrepareConfig) -> list[RunFile]:
@@ -104,7 +105,7 @@ def find_runs(source: Path, config: PrepareConfig) -> list[RunFile]:
             f"{dict(config.select)}; the first is {runs[0].key}"
         )
     chosen.sort(key=lambda run: str(run.key))
-    for one, other in zip(chosen, chosen[1:], strict=False):
+    for one, other in itertools.pairwise(chosen):
         if one.key == other.key:
             raise DataError(
                 f"{one.path} and {other.path} are both run {one.key}: keep one of them out with "
@@ -244,8 +245,7 @@ def _from_table(source: Path) -> list[RunFile]:
             f"{source} lacks the column {missing[0]!r}; it has {list(table.columns)}, known are "
             f"{', '.join(_COLUMNS)}"
         )
-    rows: list[dict[str, str]] = table.fillna("").to_dict("records")
-    return [_from_row(source, line, row) for line, row in enumerate(rows, start=2)]
+    return [_from_row(source, line, row) for line, row in enumerate(records(table), start=2)]
 
 
 def _from_row(source: Path, line: int, row: Mapping[str, str]) -> RunFile:
@@ -264,8 +264,8 @@ def _from_row(source: Path, line: int, row: Mapping[str, str]) -> RunFile:
         tr = float(row["tr"]) if row.get("tr") else None
     except ValueError:
         raise DataError(f"{source} line {line}: tr={row['tr']!r} is not a number") from None
-    labels = {c: row.get(c, "") for c in ("session", "task", "acquisition", "run")}
-    key = RunKey(subject=row["subject"].removeprefix("sub-"), **labels)
+    labels = {short: row.get(name, "") for short, name in _NAMED.items()}
+    key = _key({"sub": row["subject"].removeprefix("sub-"), **labels})
     if bad := [v for v in (key.subject, *labels.values()) if not re.fullmatch(r"[\w.+-]*", v)]:
         raise DataError(f"{source} line {line}: {bad[0]!r} is no label (letters, digits, -, +, .)")
     return RunFile(key, path, existing("mask"), tr, existing("events"))

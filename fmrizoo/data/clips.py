@@ -55,8 +55,8 @@ class ClipTable:
         for run in self.runs:
             if run.grid != first.grid:
                 raise DataError(
-                    f"runs {first.name} (grid {first.grid}) and {run.name} (grid {run.grid}) cannot "
-                    f"share a batch: pick one kind with data.select"
+                    f"runs {first.name} (grid {first.grid}) and {run.name} (grid {run.grid}) cannot"
+                    f" share a batch: pick one kind with data.select"
                 )
 
     def __len__(self) -> int:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from fmrizoo.errors import DataError
 
 try:  # same polynomial and results as zlib's, several times faster; a wheel on every Linux
-    from isal.isal_zlib import crc32
+    from isal.isal_zlib import crc32 as crc32
 except ImportError:
-    from zlib import crc32
+    from zlib import crc32 as crc32
 
 PAGE = 4096
 _LEVELS = {"int8": 127, "int16": 32767}
@@ -101,7 +101,7 @@ def decode(kind: str, arrays: dict[str, Array], n_vox: int) -> Decoder:
 
 
 def encode(bold: NDArray[np.float32], codec: str, max_error: float) -> Encoded:
-    """Encode in-brain ``bold (frames, n_vox)``, taking the wider kind where the narrow one is coarse.
+    """Encode in-brain ``bold (frames, n_vox)``, in the wider kind where the narrow is too coarse.
 
     Args:
         bold: Finite values in the unit of the source.

@@ -70,7 +70,7 @@ def regress(
     design = design[:, spread > 0] / spread[spread > 0]
     mean = bold[kept].mean(0, dtype=np.float64)
     beta = np.linalg.lstsq(design[kept], bold[kept] - mean, rcond=None)[0]
-    clean = (bold - design @ beta).astype(np.float32)
+    clean: NDArray[np.float32] = (bold - design @ beta).astype(np.float32)
     if not kept.all():
         log.warning("%d of %d volumes scrubbed and interpolated", (~kept).sum(), len(kept))
         _interpolate(clean, kept)

@@ -176,7 +176,7 @@ class SubjectWriter:
 
 
 def _dense(rows: Array, mask: Array, outside: float) -> Array:
-    """``(frames, x, y, z)`` with the brain's smallest stored value outside (compresses to nothing)."""
+    """``(frames, x, y, z)`` with the brain's smallest value outside (costs no bytes)."""
     out = np.full((len(rows), *mask.shape), outside, rows.dtype)
     out[:, mask] = rows
     return out

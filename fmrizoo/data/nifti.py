@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from fmrizoo.config import PrepareConfig
 from fmrizoo.data.bids import RunFile
 from fmrizoo.data.codec import Array
-from fmrizoo.data.spatial import Affine, check_affine, same_lattice
-from fmrizoo.data.store import read_table
+from fmrizoo.data.spatial import Affine, as_image, check_affine, same_lattice
+from fmrizoo.data.store import read_table, records
 from fmrizoo.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def _given_mask(image: Any, run: RunFile, config: PrepareConfig) -> NDArray[np.b
     path = run.mask if config.mask == "auto" else Path(config.mask)
     if path is None:
         raise DataError(
-            f"{run.path} has no brain mask (looked for *_desc-brain_mask.nii.gz with its entities): "
+            f"{run.path} has no brain mask (no *_desc-brain_mask.nii.gz has its entities): "
             f"set prepare.mask=compute, or prepare.mask to a file"
         )
     mask = open_image(path)
@@ -183,7 +183,8 @@ def _given_mask(image: Any, run: RunFile, config: PrepareConfig) -> NDArray[np.b
         values = values[..., 0]
     if values.shape != image.shape[:3]:
         raise DataError(
-            f"mask {path} has grid {values.shape}, {run.path} has {image.shape[:3]}: they must match"
+            f"mask {path} has grid {values.shape}, {run.path} has {image.shape[:3]}:"
+            " give the run's own"
         )
     check_affine(mask, path)
     if not same_lattice(np.asarray(mask.affine), np.asarray(image.affine), image.shape):
@@ -200,14 +201,13 @@ def _given_mask(image: Any, run: RunFile, config: PrepareConfig) -> NDArray[np.b
 
 
 def _computed_mask(bold: NDArray[np.float32], image: Any, path: Path) -> NDArray[np.bool_]:
-    import nibabel as nib
     from nilearn.exceptions import MaskWarning
     from nilearn.masking import compute_epi_mask
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", MaskWarning)
-            found = compute_epi_mask(nib.Nifti1Image(bold.mean(3), image.affine))
+            found = compute_epi_mask(as_image(bold.mean(3), image.affine))
     except (MaskWarning, ValueError, IndexError) as error:
         raise DataError(
             f"{path}: no brain mask could be computed ({_short(error)}): set prepare.mask to a file"
@@ -234,8 +234,7 @@ def read_events(path: Path | None, dropped: float) -> list[dict[str, str | float
     if "onset" not in table.columns:
         raise DataError(f"{path} has no column 'onset'; it has {list(table.columns)}")
     rows: list[dict[str, str | float]] = []
-    records: list[dict[str, str]] = table.fillna("").to_dict("records")
-    for line, record in enumerate(records, start=2):
+    for line, record in enumerate(records(table), start=2):
         row: dict[str, str | float] = {k: v for k, v in record.items() if v}
         try:
             row["onset"] = float(record["onset"]) - dropped

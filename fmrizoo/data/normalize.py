@@ -60,7 +60,7 @@ def describe(mode: str) -> tuple[str, str]:
 
 
 def loaded_contract(stored: Contract, mode: str) -> Contract:
-    """The contract of clips read from a store with contract ``stored``: what a model is trained on."""
+    """The contract of clips read from a store whose contract is ``stored``."""
     statistics, background = describe(mode)
     return replace(stored, normalization=mode, statistics=statistics, background=background)
 

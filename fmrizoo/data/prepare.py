@@ -221,7 +221,7 @@ def _skip(job: _Job, run: RunFile, error: Exception) -> None:
 
 
 def _staged(path: Path) -> dict[str, dict[str, Any]]:
-    """Entries of a subject that an interrupted ``prepare`` finished; none if the file is unusable."""
+    """Entries of a subject that an interrupted ``prepare`` finished; none if unusable."""
     import h5py
 
     if not path.exists():

@@ -188,7 +188,7 @@ class RunReader:
         packed = np.empty(size, np.uint8)
         self._fill(packed, place, frame)
         try:
-            plain = zlib.decompress(packed)
+            plain = zlib.decompress(packed.data)
         except zlib.error as error:
             raise self._corrupt(f"frame {frame} cannot be decompressed ({error})") from None
         if frame_crc(np.frombuffer(plain, np.uint8), self._seeds[frame]) != self._crc[frame]:
@@ -196,7 +196,7 @@ class RunReader:
         return np.frombuffer(plain, self.dtype)[self.index]
 
     def _fill(self, out: Array, place: int, frame: int) -> None:
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         done = 0
         while done < len(view):
             try:

@@ -63,15 +63,25 @@ def target_affine(config: PrepareConfig) -> Affine:
     return affine
 
 
+def _nibabel() -> Any:
+    """Nibabel, imported late (it takes a while) and without its partial annotations."""
+    import nibabel
+
+    return nibabel
+
+
+def as_image(data: Array, affine: Affine) -> Any:
+    """A NIfTI image in memory, in the dtype of ``data``."""
+    return _nibabel().Nifti1Image(data, affine)
+
+
 def reorient(data: Array, affine: Affine, orientation: str) -> tuple[Array, Affine]:
     """Permute and flip the spatial axes to ``orientation``; no value changes."""
-    import nibabel as nib
-
-    have = nib.orientations.io_orientation(affine)
-    want = nib.orientations.axcodes2ornt(tuple(orientation))
-    transform = nib.orientations.ornt_transform(have, want)
-    moved = nib.orientations.apply_orientation(data, transform)
-    return moved, affine @ nib.orientations.inv_ornt_aff(transform, data.shape[:3])
+    nib = _nibabel().orientations
+    have = nib.io_orientation(affine)
+    transform = nib.ornt_transform(have, nib.axcodes2ornt(tuple(orientation)))
+    moved = nib.apply_orientation(data, transform)
+    return moved, affine @ nib.inv_ornt_aff(transform, data.shape[:3])
 
 
 def place(
@@ -93,11 +103,8 @@ def place(
     shape = tuple(config.grid)
     step = np.linalg.solve(affine, target)  # target voxel → source voxel
     shift = np.rint(step[:3, 3])
-    moved = step @ np.array([[0, s] for s in shape] + [[1, 1]])
-    whole = np.eye(4)
-    whole[:3, 3] = shift
-    same = np.abs(moved - whole @ np.array([[0, s] for s in shape] + [[1, 1]])).max() < _ON_GRID
-    if same and np.abs(step[:3, :3] - np.eye(3)).max() * max(shape) < _ON_GRID * max(shape):
+    off_axis = np.abs(step[:3, :3] - np.eye(3)).max() * max(shape)  # at the far end of the grid
+    if max(off_axis, np.abs(step[:3, 3] - shift).max()) < _ON_GRID:
         return _window(data, shift.astype(int), shape), target
     return _resample(data, affine, target, shape, nearest), target
 
@@ -117,11 +124,10 @@ def _window(data: Array, shift: NDArray[np.int64], shape: tuple[int, ...]) -> Ar
 def _resample(
     data: Array, affine: Affine, target: Affine, shape: tuple[int, ...], nearest: bool
 ) -> Array:
-    import nibabel as nib
     from nilearn.image import resample_img
 
     kind = np.uint8 if data.dtype == bool else np.float32
-    image = nib.Nifti1Image(data.astype(kind), affine)
+    image = as_image(data.astype(kind), affine)
     moved = resample_img(
         image,
         target_affine=target,

@@ -73,8 +73,9 @@ class Split:
             body = json.loads(path.read_text(encoding="utf-8"))
             if body.get("schema") != SCHEMA:
                 raise DataError(f"{path} is not a split file (schema {body.get('schema')!r})")
-            parts = [[str(n) for n in body[p]] for p in ("train", "validation", "test")]
-            split = cls(*parts, SplitConfig(**body["config"]))
+            parts = ([str(n) for n in body[p]] for p in ("train", "validation", "test"))
+            train, validation, test = parts
+            split = cls(train, validation, test, SplitConfig(**body["config"]))
             written = body["sha"]
         except FileNotFoundError:
             raise DataError(f"no split file {path}") from None
@@ -154,11 +155,12 @@ def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Sp
     held_out = max(1, round(config.validation * len(rest))) if config.validation > 0 else 0
     if held_out >= len(rest):
         raise DataError(
-            f"{len(names)} {config.by}(s) in {config.folds} folds leave {len(rest)} beside the test "
-            f"part and {held_out} of them for validation: nothing is left to train on; lower "
+            f"{len(names)} {config.by}(s) in {config.folds} folds leave {len(rest)} beside the test"
+            f" part and {held_out} of them for validation: nothing is left to train on; lower "
             f"split.validation"
         )
     parts = (rest[held_out:], rest[:held_out], test)
-    split = Split(*(sorted(n for u in part for n in units[u]) for part in parts), config)
+    train, validation, test = (sorted(n for u in part for n in units[u]) for part in parts)
+    split = Split(train, validation, test, config)
     split.check(store)
     return split

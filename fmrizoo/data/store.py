@@ -1,4 +1,4 @@
-"""Reading a store: the folder that ``prepare`` wrote (``index.json`` and one HDF5 file a subject)."""
+"""Reading a store: the folder that ``prepare`` wrote (an index, and one HDF5 file a subject)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from fmrizoo.data.files import canonical, write_atomic
 from fmrizoo.data.reader import RunReader
@@ -310,6 +310,11 @@ def read_table(file: Path) -> pandas.DataFrame:
         )
     except (ValueError, OSError) as error:
         raise DataError(f"{file} is not a tab-separated table: {error}") from None
+
+
+def records(table: pandas.DataFrame) -> list[dict[str, str]]:
+    """Rows of :func:`read_table` as text; missing cells are empty."""
+    return cast("list[dict[str, str]]", table.fillna("").to_dict("records"))
 
 
 def _nearest(name: str, known: list[str]) -> str:
