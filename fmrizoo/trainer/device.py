@@ -99,18 +99,20 @@ def discover(env: Mapping[str, str] | None = None) -> World:
         world_size = _number(env, size)
         if launcher == "SLURM" and "SLURM_STEP_NUM_TASKS" in env:
             world_size = _number(env, "SLURM_STEP_NUM_TASKS")
+        if world_size == 1 and _number(env, rank) == 0:
+            return World()
         local = next((name for name in locals_ if name in env), None)
-        if local is None and world_size > 1:
+        if local is None:
             raise TrainingError(
                 f"{launcher} gave {rank} and {size} but none of {', '.join(locals_)}: "
                 f"set {locals_[0]} to the process's number on its node"
             )
-        return World(_number(env, rank), world_size, _number(env, local) if local else 0, launcher)
+        return World(_number(env, rank), world_size, _number(env, local), launcher)
     return World()
 
 
 def _is_shell(env: Mapping[str, str]) -> bool:
-    """An interactive shell or batch script inside an allocation: SLURM's variables without `srun`."""
+    """An interactive shell in an allocation: SLURM's variables are there, but no ``srun``."""
     if env.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return True
     in_step = "SLURM_STEP_ID" in env or "SLURM_STEPID" in env
@@ -224,8 +226,7 @@ def load_deepspeed(device: torch.device) -> Any:
 
     # Its constructor prints a memory report straight to stdout, whatever the log level.
     bf16_optimizer.see_memory_usage = _silent
-    if device.type == "cpu":
-        _skip_shm_op(deepspeed)
+    _skip_shm_op(deepspeed)
     return deepspeed
 
 
@@ -236,9 +237,11 @@ def _silent(message: str, force: bool = False) -> None:
 def _skip_shm_op(deepspeed: Any) -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce (needs g++ and about a minute).
 
-    Only its inference engine calls that operation; training uses gloo.
+    Only its inference engine calls that operation; training uses gloo. The table of operations is
+    put in place without being filled, for nothing else reads it: filling it runs the linker, which
+    complains on stderr about every library that is not there.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def init_distributed(world: World, device: torch.device, *, timeout_minutes: float = 30.0) -> None:

@@ -58,7 +58,8 @@ def param_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
     Raises:
         RecipeError: nothing is left to train.
     """
-    decaying, plain = [], []
+    decaying: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -84,8 +85,8 @@ def effective_stage(train: TrainConfig) -> int:
 def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[str, Any]:
     """DeepSpeed's config dict for a model of so many ``parameters``."""
     stage = effective_stage(train)
-    # Buckets no larger than the model: DeepSpeed allocates them whole.
-    bucket = max(1, min(parameters, 200_000_000))
+    # Buckets no larger than the model (DeepSpeed allocates them whole); it wants an even number.
+    bucket = min(parameters + parameters % 2, 200_000_000)
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket,
@@ -117,6 +118,11 @@ class Engine:
         train: The recipe's ``train`` section.
         world: After :func:`fmrizoo.trainer.device.init_distributed`.
         device: Where this rank computes.
+
+    Attributes:
+        dtype: Of the weights while training, and so of the clips.
+        stage: ZeRO stage in effect.
+        parameters: Number of parameters, frozen ones included.
     """
 
     def __init__(
@@ -128,6 +134,7 @@ class Engine:
         self.dtype = DTYPES[train.precision]
         self.stage = effective_stage(train)
         self._exact = self._high_precision_copy(world)
+        self.parameters = sum(p.numel() for p in model.parameters())
         groups = param_groups(model, train)
         self._rates = [float(g["lr"]) for g in groups]
         total = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -196,7 +203,7 @@ class Engine:
         return norm
 
     def _own_norm(self) -> float:
-        """Global gradient norm where DeepSpeed offers none (stage 0: whole gradients everywhere)."""
+        """Global gradient norm where DeepSpeed offers none: stage 0, with whole gradients."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
 

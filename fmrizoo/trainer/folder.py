@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import subprocess
 from collections.abc import Mapping
@@ -150,8 +151,9 @@ class MetricsFile:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one line; it is visible to readers at once."""
-        self._file.write(json.dumps(dict(row)) + "\n")
+        """Append one line, visible to readers at once; a value that is not finite becomes null."""
+        plain = {k: None if _undefined(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -164,6 +166,10 @@ class MetricsFile:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+
+
+def _undefined(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,114 @@
+"""What goes into a training run, what is told on the way, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from fmrizoo.config import Recipe
+from fmrizoo.trainer.device import World
+from fmrizoo.types import Batch, Contract, TaskSpec
+
+
+class CompactSamples(Protocol):
+    """What a stream yields: samples that become a batch on the device."""
+
+    def to_batch(self, device: torch.device, dtype: torch.dtype = ...) -> Batch:
+        """Dense, normalised, on ``device``."""
+        ...
+
+
+class BatchStream(Protocol):
+    """An endless, numbered sequence of micro-batches of one rank."""
+
+    def batches(self, start: int = 0) -> Iterator[CompactSamples]:
+        """Micro-batches ``start``, ``start + 1``, …; the same ones whenever it is asked again."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """What a progress display is told after every step (on rank 0).
+
+    Attributes:
+        step: Steps done, of ``steps``.
+        loss: Mean over ranks and accumulation.
+        lr: Rate of the first parameter group at this step.
+        grad_norm: Global norm before clipping.
+        clips_per_second: Over all ranks, this step.
+        logs: The model's own scalars, averaged likewise.
+        validation: Metrics, after steps that validate.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    lr: float
+    grad_norm: float
+    clips_per_second: float
+    logs: dict[str, float]
+    validation: dict[str, float] | None = None
+
+
+@dataclass
+class TrainerInputs:
+    """Everything a run needs.
+
+    Attributes:
+        model: ``model(batch) -> (loss, logs)``. Training changes it in place (at ZeRO 3 it is
+            useless afterwards): read the result from ``out/model``.
+        recipe: Its ``train`` section drives the loop; all of it is stored.
+        out: Run folder; the same folder resumes.
+        loader_for: ``(world, clips per micro-batch) -> stream`` of this rank.
+        world: This process among the ranks.
+        validate: ``(model, device) -> metrics``; called in ``eval()`` without gradients on every
+            rank (ZeRO 3 needs all of them); rank 0's answer counts. Cast clips to the dtype of the
+            model's parameters. A metric named ``loss`` decides which validation is the best.
+        on_step: Called on rank 0 after every step.
+        contract, task, seen_runs: Stored with the exported model.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    out: Path
+    loader_for: Callable[[World, int], BatchStream]
+    world: World
+    validate: Callable[[nn.Module, torch.device], dict[str, float]] | None = None
+    on_step: Callable[[StepEvent], None] | None = None
+    contract: Contract | None = None
+    task: TaskSpec | None = None
+    seen_runs: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        metrics: Last row of metrics.jsonl.
+        validation: Last validation, if any.
+        best_validation: The one with the lowest ``loss`` (the last, where none has a loss).
+        step: Optimizer steps done in all.
+        resumed_from: Step of the checkpoint that this call started from; None: from scratch.
+        seconds: Training time over all starts.
+        checkpoints: Whole checkpoints, newest first.
+        model: Folder of the exported weights; None when interrupted.
+        interrupted: A signal stopped the run before its end.
+        already_finished: Nothing was left to do.
+    """
+
+    metrics: dict[str, Any]
+    validation: dict[str, float] | None
+    best_validation: dict[str, float] | None
+    step: int
+    resumed_from: int | None
+    seconds: float
+    checkpoints: tuple[Path, ...]
+    model: Path | None
+    interrupted: bool = False
+    already_finished: bool = False
