@@ -206,7 +206,7 @@ class SwinStage(nn.Module):
         x = x + positions.to(x.dtype).index_select(0, plan.raster)
         for block, order, move in zip(self.blocks, plan.orders, plan.moves, strict=True):
             if move is not None:
-                x = x.index_select(0, move)
+                x = move(x)
             if recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, order, use_reentrant=False)
             else:
@@ -245,6 +245,7 @@ class Swin4D(Backbone):
         self.num_features = widths[-1]
         rx, ry, rz, _ = (a // b for a, b in zip(self.grids[0], self.grids[-1], strict=True))
         self.reduction = (px * rx, py * ry, pz * rz, pt)
+        self.clip_grid = Grid(*(g * p for g, p in zip(self.grids[0], self.patch_size, strict=True)))
         self.patch_embed = PatchEmbed(
             self.patch_size, config.in_chans, config.embed_dim, config.patch_norm
         )
@@ -276,11 +277,6 @@ class Swin4D(Backbone):
         if mode not in ("none", "block"):
             raise RecipeError(f"checkpointing must be none or block, got {mode!r}")
         self.checkpointing = mode
-
-    @property
-    def clip_grid(self) -> Grid:
-        """Voxels and frames of a clip after padding."""
-        return Grid(*(g * p for g, p in zip(self.grids[0], self.patch_size, strict=True)))
 
     def tokenize(self, bold: Tensor, mask: Tensor | None = None) -> Tokens:
         """Patch embedding of ``bold (b, c, x, y, z, t)``; every patch is a token.
@@ -338,14 +334,14 @@ class Swin4D(Backbone):
         for number, (stage, table, plan) in enumerate(
             zip(self.layers, self.pos_embeds, plans, strict=True)
         ):
-            x = x.index_select(0, plan.enter.flatten()).view(plan.enter.shape[0], -1)
+            x = plan.enter(x).view(-1, plan.merged * x.shape[1])
             if number:
                 previous = self.layers[number - 1]
                 x = previous.downsample(x)
                 brain = _merge_brain(brain, previous.grid, frames, previous.factors)
             x = stage(x, plan, table(frames), self.checkpointing == "block")
             if number in keep:
-                values = x.index_select(0, plan.leave).view(batch, -1, x.shape[1])
+                values = plan.leave(x).view(batch, -1, x.shape[1])
                 if number == len(self.layers) - 1 and self.config.final_norm:
                     values = self.norm(values)
                 grid = Grid(*stage.grid[:3], frames)

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: each message says what was wrong, the value seen, where, and what to do."""
+"""Errors that a user can act on: what was wrong, the value seen, where, and what to do."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Registry:
         def decorator(factory: T) -> T:
             old = self._entries.get(name)
             where = (factory.__module__, factory.__qualname__)
-            # Re-running a notebook cell defines the same thing again; only another source is a clash.
+            # A notebook cell run twice defines the same thing again: no clash.
             if old and (old.factory.__module__, old.factory.__qualname__) != where:
                 raise ValueError(
                     f"{self.kind} {name!r} is already registered by "
@@ -92,7 +92,7 @@ class Registry:
         return self._entries[name]
 
     def list(self, pattern: str = "*", *, installed: bool = False) -> list[str]:
-        """Sorted names matching a shell pattern; ``installed=True`` keeps those that can be built here."""
+        """Sorted names matching a shell pattern; ``installed=True``: only what can be built here."""
         return sorted(
             name
             for name, entry in self._entries.items()

@@ -197,6 +197,9 @@ class Tokens:
         return replace(self, values=values)
 
 
+POOLING = ("mean", "brain", "space")
+
+
 @dataclass
 class Features:
     """What a backbone's ``encode`` returns: the fields of :class:`Tokens` at the output grid."""
@@ -218,13 +221,16 @@ class Features:
         return out.transpose(1, 2).reshape(b, d, *self.grid)
 
     def pooled(self, how: str = "mean") -> Tensor:
-        """One vector a sample, ``(b, d)``.
+        """One vector a sample, ``(b, d)`` or, for ``space``, ``(b, x·y·z·d)``.
 
         Args:
-            how: ``mean`` over valid tokens, or ``brain`` = weighted by each token's brain share.
+            how: ``mean`` over valid tokens, ``brain`` = weighted by each token's brain share, or
+                ``space`` = mean over time only, the places kept side by side.
         """
-        if how not in ("mean", "brain"):
-            raise RecipeError(f"pooling must be 'mean' or 'brain', got {how!r}")
+        if how not in POOLING:
+            raise RecipeError(f"pooling must be one of {', '.join(POOLING)}, got {how!r}")
+        if how == "space":
+            return self.to_grid().mean(-1).flatten(1)
         weight = self.valid.to(self.values.dtype)
         if how == "brain":
             weight = weight * self.brain.to(self.values.dtype)
@@ -242,6 +248,7 @@ class Backbone(nn.Module):
         num_features: Width of ``Features.values``.
         patch_size: Voxels/frames per input token along x, y, z, t.
         reduction: Voxels/frames per output token along x, y, z, t.
+        clip_grid: Voxels and frames of a clip after padding.
         supports: Properties that objectives may ask for (``causal``).
     """
 
@@ -249,6 +256,7 @@ class Backbone(nn.Module):
     num_features: int
     patch_size: tuple[int, int, int, int]
     reduction: tuple[int, int, int, int]
+    clip_grid: Grid
     supports: ClassVar[frozenset[str]] = frozenset()
 
     def tokenize(self, bold: Tensor, mask: Tensor | None = None) -> Tokens:
@@ -299,7 +307,7 @@ class Objective(nn.Module):
 
 @dataclass
 class Reconstruction:
-    """Voxels as predicted. All fields ``(b, x, y, z, t)``; ``masked`` True = hidden from the model."""
+    """What a model filled in, ``(b, x, y, z, t)`` each; ``masked`` True = hidden from the model."""
 
     truth: Tensor
     predicted: Tensor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -65,28 +67,91 @@ def to_patches(bold: Tensor, patch: Sequence[int]) -> Tensor:
     )
 
 
-class PatchEmbed(nn.Module):
-    """Linear embedding of 4-D patches; parameters as in SwiFT (``fc``, features channel-fastest).
+class _SlabProjection(torch.autograd.Function):
+    """``patches @ weight.T`` on a CPU, one slab of patches at a time, keeping none of them.
 
-    Computed as a strided 3-D convolution over frames: the patches are never copied out when the
-    clip lies time-first in memory, as the loader delivers it.
+    Copying all patches out at once (or all frames, for a convolution) moves the whole clip through
+    memory with long strides; a slab stays in the cache. Saves ``bold`` itself and nothing else.
     """
+
+    @staticmethod
+    def forward(ctx, bold: Tensor, weight: Tensor, patch: tuple[int, ...]) -> Tensor:  # type: ignore[no-untyped-def]
+        b, _, x, y, z, t = bold.shape
+        grid = tuple(s // p for s, p in zip((x, y, z, t), patch, strict=True))
+        out = weight.new_empty(b, *grid, weight.shape[0])
+        for sample, row in itertools.product(range(b), range(grid[0])):
+            slab = _slab(bold, patch, sample, row)
+            torch.mm(slab, weight.t(), out=out[sample, row].view(-1, weight.shape[0]))
+        ctx.save_for_backward(bold, weight)
+        ctx.patch = patch
+        return out.view(b, -1, weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[no-untyped-def]
+        bold, weight = ctx.saved_tensors
+        patch = ctx.patch
+        rows = bold.shape[2] // patch[0]
+        d_bold = torch.empty_like(bold) if ctx.needs_input_grad[0] else None
+        # Summed over many slabs: in fp32 whatever the weights' own precision.
+        d_weight = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        by_row = grad.reshape(bold.shape[0], rows, -1, weight.shape[0])
+        for sample, row in itertools.product(range(bold.shape[0]), range(rows)):
+            part = by_row[sample, row]
+            if ctx.needs_input_grad[1]:
+                d_weight += part.t() @ _slab(bold, patch, sample, row)
+            if d_bold is not None:
+                shaped = _from_slab(part @ weight, bold, patch)
+                d_bold[sample, :, row * patch[0] : (row + 1) * patch[0]] = shaped
+        return d_bold, d_weight.to(weight.dtype), None
+
+
+def _slab(bold: Tensor, patch: tuple[int, ...], sample: int, row: int) -> Tensor:
+    """``(y'·z'·t', px·py·pz·pt·c)`` patches of one sample with one x coordinate."""
+    px, py, pz, pt = patch
+    slab = bold[sample, :, row * px : (row + 1) * px]
+    return rearrange(
+        slab, "c px (y py) (z pz) (t pt) -> (y z t) (px py pz pt c)", py=py, pz=pz, pt=pt
+    )
+
+
+def _from_slab(values: Tensor, bold: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Inverse of :func:`_slab`: ``(c, px, y, z, t)``."""
+    px, py, pz, pt = patch
+    return rearrange(
+        values,
+        "(y z t) (px py pz pt c) -> c px (y py) (z pz) (t pt)",
+        px=px,
+        py=py,
+        pz=pz,
+        pt=pt,
+        y=bold.shape[3] // py,
+        z=bold.shape[4] // pz,
+    )
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of 4-D patches; parameters as in SwiFT (``fc``, channels fastest)."""
 
     def __init__(self, patch: Sequence[int], in_chans: int, embed_dim: int, norm: bool) -> None:
         super().__init__()
         self.patch = tuple(patch)
-        self.in_chans = in_chans
-        self.fc = nn.Linear(
-            self.patch[0] * self.patch[1] * self.patch[2] * self.patch[3] * in_chans, embed_dim
-        )
+        self.fc = nn.Linear(prod(self.patch) * in_chans, embed_dim)
         self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
 
     def forward(self, bold: Tensor) -> Tensor:
         """``(b, c, x, y, z, t)`` → ``(b, n, embed_dim)``, tokens row-major in x, y, z, t."""
+        if bold.device.type == "cpu":
+            projected = _SlabProjection.apply(bold, self.fc.weight, self.patch)  # type: ignore[no-untyped-call]
+            out = projected + self.fc.bias
+        else:
+            out = self._convolve(bold)
+        normed: Tensor = self.norm(out)
+        return normed
+
+    def _convolve(self, bold: Tensor) -> Tensor:
+        """The same as one strided convolution, without copying the patches out."""
         px, py, pz, pt = self.patch
         frames = rearrange(bold, "b c x y z (t pt) -> (b t) (pt c) x y z", pt=pt)
         kernel = rearrange(self.fc.weight, "e (px py pz k) -> e k px py pz", px=px, py=py, pz=pz)
         out = F.conv3d(frames, kernel, self.fc.bias, stride=(px, py, pz))
-        out = rearrange(out, "(b t) e x y z -> b (x y z t) e", b=bold.shape[0])
-        normed: Tensor = self.norm(out)
-        return normed
+        return rearrange(out, "(b t) e x y z -> b (x y z t) e", b=bold.shape[0])

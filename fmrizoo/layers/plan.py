@@ -33,24 +33,65 @@ class Order:
     sample: Tensor
 
 
+class _Permute(torch.autograd.Function):
+    """A gather that moves every row to one place: its gradient is a gather too, not a scatter."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Rows taken from rows: ``gather(x) == x[index]``, cheaper when ``index`` is a permutation."""
+
+    index: Tensor
+    inverse: Tensor | None
+
+    @classmethod
+    def of(cls, index: Tensor, sources: int, device: torch.device) -> Gather:
+        """From a flat ``index`` into ``sources`` rows."""
+        inverse = None
+        if len(index) == sources and bool((index.bincount(minlength=sources) == 1).all()):
+            inverse = torch.empty_like(index)
+            inverse[index] = torch.arange(sources)
+            inverse = inverse.to(device)
+        return cls(index.to(device), inverse)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``(sources, d)`` → ``(len(index), d)``."""
+        if self.inverse is None:
+            return rows.index_select(0, self.index)
+        moved: Tensor = _Permute.apply(rows, self.index, self.inverse)  # type: ignore[no-untyped-call]
+        return moved
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """One stage.
 
     Attributes:
-        enter: ``(rows, merged)`` rows of the previous stage (or of the row-major input) that each
-            row of this stage is made of.
+        enter: Rows of the previous stage (or of the row-major input) that each row of this stage
+            is made of, ``merged`` of them for each.
+        merged: How many.
         raster: ``(rows,)`` row-major token of each row (0 for padding).
         orders: One per block.
-        moves: One per block: ``(rows,)`` gather into that block's order, None = already there.
-        leave: ``(b · n,)`` gather from the last block's order to row-major tokens.
+        moves: One per block: gather into that block's order, None = already there.
+        leave: From the last block's order to the ``b · n`` row-major tokens.
     """
 
-    enter: Tensor
+    enter: Gather
+    merged: int
     raster: Tensor
     orders: list[Order]
-    moves: list[Tensor | None]
-    leave: Tensor
+    moves: list[Gather | None]
+    leave: Gather
 
 
 def gather_rows(index: Tensor, source: WindowLayout, target: WindowLayout, batch: int) -> Tensor:
@@ -116,19 +157,24 @@ def stage_plan(
     token = torch.empty(len(raster) * batch, dtype=torch.int64)
     token[first.rows(batch)] = raster.unsqueeze(1).expand(-1, batch)
     if previous is None:
-        enter = gather_rows(raster.unsqueeze(1), dense, first, batch)
+        source, chosen = dense, raster.unsqueeze(1)
     else:
         source, factors = previous
-        merged = source.slots()[neighbours(source.grid, factors)]
-        enter = gather_rows(merged[raster], source, first, batch)
-    moves: list[Tensor | None] = [None]
+        chosen = source.slots()[neighbours(source.grid, factors)][raster]
+
+    def gather(index: Tensor, before: WindowLayout, after: WindowLayout) -> Gather:
+        rows = gather_rows(index, before, after, batch).flatten()
+        return Gather.of(rows, len(before.cells) * batch, device)
+
+    moves: list[Gather | None] = [None]
     for before, after in pairwise(layouts):
         index = after.from_layout(before)
-        moves.append(None if index is None else gather_rows(index, before, after, batch).to(device))
+        moves.append(None if index is None else gather(index, before, after))
     return StagePlan(
-        enter=enter.to(device),
+        enter=gather(chosen, source, first),
+        merged=chosen.shape[1],
         raster=token.to(device),
         orders=[_order(layout, batch, device) for layout in layouts],
         moves=moves,
-        leave=gather_rows(last.slots(), last, dense, batch).to(device),
+        leave=gather(last.slots(), last, dense),
     )
