@@ -194,7 +194,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
     assert resolve_device("auto", World()) == torch.device("cpu")
-    with pytest.raises(TrainingError, match="train.device=xpu but this PyTorch"):
+    with pytest.raises(TrainingError, match=r"train\.device=xpu but this PyTorch"):
         resolve_device("xpu", World())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

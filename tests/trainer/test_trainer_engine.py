@@ -38,7 +38,7 @@ def test_equals_plain_loop(tmp_path: Path, stage: int, precision: str, clip_norm
     for name, value in want.weights.items():
         torch.testing.assert_close(weights[name], value, atol=WEIGHTS[precision], rtol=0)
     if clip_norm:
-        assert min(want.norms) > clip_norm  # every step of this test really is clipped
+        assert min(want.norms) < clip_norm < max(want.norms)  # some steps are clipped, some not
 
 
 def test_clipping_matters_here() -> None:

@@ -59,7 +59,7 @@ def test_flipped_bit_and_foreign_weights_are_refused(tmp_path: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-3] ^= 4
     weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match="damaged or belongs to another config.json"):
+    with pytest.raises(CheckpointError, match=r"damaged or belongs to another config\.json"):
         read_model(tmp_path / "a")
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):

@@ -105,7 +105,7 @@ def test_all_checkpoints_torn(tmp_path: Path) -> None:
     killed_after(tmp_path, 5, save_every=2)
     for folder in (tmp_path / "checkpoints").glob("step-*"):
         (folder / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="all 2 checkpoints .* are damaged"):
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints .* are damaged"):
         train(inputs(tmp_path, dropout=0.3, save_every=2))
 
 
@@ -196,7 +196,7 @@ def test_infinite_gradient_stops(tmp_path: Path, stage: int, precision: str) -> 
 
 
 def test_batch_size_must_divide(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="batch_size=7 .* multiple of 2"):
+    with pytest.raises(RecipeError, match=r"batch_size=7 .* multiple of 2"):
         train(inputs(tmp_path, batch_size=7))
     assert not tmp_path.joinpath("recipe.yaml").exists()
 
@@ -290,7 +290,7 @@ def test_full_disk_at_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.checkpoint, "seal", full)
-        with pytest.raises(CheckpointError, match="checkpoint of step 6 .*No space left"):
+        with pytest.raises(CheckpointError, match=r"checkpoint of step 6 .*No space left"):
             train(inputs(tmp_path))
     assert not (tmp_path / "model").exists()
     assert train(inputs(tmp_path)).step == 6

@@ -24,6 +24,7 @@ from fmrizoo.types import Batch, Features, Grid, Tokens
 
 WIDTH = 6
 GRID = (2, 2, 2, 4)
+ALONE = World()
 
 
 class TinyBackbone(nn.Module):
@@ -156,8 +157,8 @@ def train_config(**changes: Any) -> TrainConfig:
 
 
 def inputs(
-    out: Path, *, dropout: float = 0.0, world: World = World(), **changes: Any
-) -> TrainerInputs:  # noqa: B008
+    out: Path, *, dropout: float = 0.0, world: World = ALONE, **changes: Any
+) -> TrainerInputs:
     """Inputs of a run of :func:`tiny`; ``changes`` go to the train section."""
     return TrainerInputs(
         model=tiny(dropout),
