@@ -1,7 +1,8 @@
 """The linear models behind the baselines: logistic regression and ridge, strength from validation.
 
-Both see standardised features. Standardisation, the penalty's strength and the weights come from
-training and validation rows only; test rows are only ever multiplied with the finished weights.
+Both see standardised features (unless they come whitened). Standardisation, the penalty's strength
+and the weights come from training and validation rows only; test rows are only ever multiplied with
+the finished weights.
 """
 
 from __future__ import annotations
@@ -57,17 +58,33 @@ class Fitted:
         return (x - self.mean) / self.scale @ self.weights + self.bias
 
 
-def fit(kind: str, train: Part, validation: Part | None = None, *, seed: int = 0) -> Fitted:
+def fit(
+    kind: str,
+    train: Part,
+    validation: Part | None = None,
+    *,
+    standardize: bool = True,
+    seed: int = 0,
+) -> Fitted:
     """Fit on ``train``; choose the strength on ``validation`` (1.0 without it).
 
     The chosen strength has the lowest log loss (classification) or squared error on validation
     rows, the strongest penalty on ties. The weights are not refitted with the validation rows:
     every row of a results table has learned from the same training units.
 
+    Args:
+        kind: ``classification`` or ``regression``.
+        train, validation: The two parts; ``validation`` may be None.
+        standardize: Scale each feature to unit variance over the training rows. False for whitened
+            features, whose scale carries meaning: clip means vary most where brain states last.
+        seed: Of the solver.
+
     Raises:
         DataError: classification targets other than ``0..k-1`` with all classes present, k ≥ 2.
     """
     mean, scale = train.x.mean(0, dtype=np.float64), train.x.std(0, dtype=np.float64)
+    if not standardize:
+        scale = np.ones_like(scale)
     # Features that vary by rounding only would be blown up to unit variance.
     scale = np.where(scale > 1e-7 * np.maximum(np.abs(mean), 1e-30), scale, 1.0)
     x = (train.x - mean) / scale
@@ -105,10 +122,11 @@ def fit_predict(
     validation: Part | None,
     test_x: NDArray[Any],
     *,
+    standardize: bool = True,
     seed: int = 0,
 ) -> Outcome:
     """:func:`fit`, then one look at the test rows (which come without targets)."""
-    model = fit(kind, train, validation, seed=seed)
+    model = fit(kind, train, validation, standardize=standardize, seed=seed)
     seen = None if validation is None else model.scores(validation.x)
     return Outcome(model.scores(test_x), seen, model)
 
