@@ -94,7 +94,7 @@ class Decoder:
 def decode(kind: str, arrays: dict[str, Array], n_vox: int) -> Decoder:
     """The per-voxel numbers back from what :func:`encode` put into ``arrays``."""
     if kind in _LEVELS:
-        offset, scale = arrays["offset"], arrays["scale"]
+        offset, scale = arrays["offset"], arrays["scale"].astype(np.float32)
         return Decoder(offset, scale, offset, scale * arrays["spread"].astype(np.float32))
     offset, scale = (np.broadcast_to(arrays[k], (n_vox,)) for k in ("offset", "scale"))
     return Decoder(offset, scale, arrays["mean"], arrays["std"])
@@ -134,16 +134,31 @@ def _integer(centred: Array, mean: Array, std: Array, kind: str) -> Encoded:
     scale = (np.abs(centred).max(0) / levels).astype(np.float32)
     # A peak below float32's normal range cannot be divided by; such a voxel is constant.
     scale[~(scale > np.finfo(np.float32).tiny)] = 1.0
+    if kind == "int8":
+        scale = _narrow(scale)
+    wide = scale.astype(np.float32)
     width = row_width(centred.shape[1], DTYPES[kind].itemsize)
     rows = np.zeros((len(centred), width), DTYPES[kind])
     squared = np.zeros(centred.shape[1])
     for t, frame in enumerate(centred):
-        q = np.clip(np.rint(frame / scale), -levels, levels)
+        q = np.clip(np.rint(frame / wide), -levels, levels)
         rows[t, : frame.size] = q
-        squared += (q * scale - frame) ** 2
-    spread = (std / scale).astype(np.float16)
+        squared += (q * wide - frame) ** 2
+    spread = (std / wide).astype(np.float16)
     arrays = {"offset": mean, "scale": scale, "spread": spread}
     return Encoded(kind, rows, arrays, _relative(squared / len(rows), std))
+
+
+def _narrow(scale: Array) -> Array:
+    """Scales as float16 where that keeps three digits (else float32).
+
+    Frames are quantised with the rounded scale: at most 0.06 of a step is lost at the peak, and a
+    short run is 1.5 % smaller. (For int16 the same rounding would be 16 steps.)
+    """
+    with np.errstate(over="ignore"):
+        half = scale.astype(np.float16)
+    close = np.abs(half.astype(np.float32) - scale) <= 1e-3 * scale
+    return half if close.all() else scale
 
 
 def _floating(bold: Array, mean: Array, std: Array, kind: str) -> Encoded:

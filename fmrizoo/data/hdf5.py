@@ -9,7 +9,7 @@ object                  shape, dtype             content
 (codec ``gzip``)        (frames, x, y, z) float  global z-scores, one gzip chunk a frame
 ``/<run>/mask_runs``    (r, 2) int32             brain voxels as (first, length) in the flat grid
 ``/<run>/offset``       (n_vox,) or (1,) float32 ``value = offset + scale * bold``
-``/<run>/scale``        (n_vox,) or (1,) float32
+``/<run>/scale``        (n_vox,) or (1,) float   float16 where that is fine enough
 ``/<run>/spread``       (n_vox,) float16         temporal s.d. / scale (integer kinds)
 ``/<run>/mean``, std    (n_vox,) float32         temporal mean, s.d. (codec ``gzip``)
 ``/<run>/crc32``        (frames,) uint32         of each frame, seeded with uuid, run and frame

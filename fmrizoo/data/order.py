@@ -41,4 +41,5 @@ def permuted(position: int, n: int, seed: int, epoch: int) -> int:
 
 def sample_seed(seed: int, position: int) -> int:
     """A non-negative int64 for the sample at a global position: seeds its masks and the like."""
-    return mix(mix(seed & _MASK) ^ mix(position)) >> 1
+    # Hashed twice: with one hash each, (seed, position) and (position, seed) would be the same.
+    return mix(mix(mix(seed & _MASK)) ^ mix(position)) >> 1
