@@ -134,6 +134,7 @@ def _resample(
         target_shape=shape,
         interpolation="nearest" if nearest else "continuous",
         fill_value=0,
+        clip=False,  # a limit taken over all frames would make a frame depend on the others
         force_resample=True,
         copy_header=True,
     )
