@@ -1,0 +1,168 @@
+"""What run folders hold: training curves, reconstructions, results, predictions, environments."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from fmrizoo.errors import DataError, FmrizooError
+from fmrizoo.evaluate.predictions import Prediction, read_predictions
+from fmrizoo.evaluate.results import FILE as RESULTS
+from fmrizoo.evaluate.results import Result, read_result
+from fmrizoo.report.reconstruction import FILE as RECONSTRUCTION
+from fmrizoo.report.reconstruction import Picture, read_picture
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+PREDICTIONS, METRICS, RECIPE, ENVIRONMENT = (
+    "predictions.tsv",
+    "metrics.jsonl",
+    "recipe.yaml",
+    "env.json",
+)
+MODEL = "model/config.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder that a training run or an evaluation wrote.
+
+    Attributes:
+        label: Path relative to the folder that was searched.
+        recipe: Resolved recipe, empty if there is none.
+        curve: Lines of metrics.jsonl.
+        model: ``model/config.json``: contract, seen runs, number of parameters.
+        environment: ``env.json``.
+    """
+
+    folder: Path
+    label: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    curve: tuple[dict[str, Any], ...] = ()
+    model: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    picture: Picture | None = None
+    result: Result | None = None
+    predictions: tuple[Prediction, ...] = ()
+
+    @property
+    def pretraining(self) -> bool:
+        """The recipe has an objective."""
+        return bool(self.recipe.get("objective"))
+
+    @property
+    def contract(self) -> dict[str, Any]:
+        """The preprocessing contract of the model's data, empty if not recorded."""
+        return self.model.get("contract") or {}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything found, and one sentence per file that could not be used."""
+
+    runs: tuple[Run, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def results(self) -> list[Result]:
+        """All results, in folder order."""
+        return [r.result for r in self.runs if r.result]
+
+    @property
+    def pretrainings(self) -> list[Run]:
+        """Pretraining runs."""
+        return [r for r in self.runs if r.pretraining]
+
+
+def collect(folders: Sequence[Path]) -> Evidence:
+    """Search ``folders`` and everything below them (hidden folders and links left out).
+
+    Raises:
+        DataError: a folder does not exist, or nothing in any of them can be reported.
+    """
+    runs: dict[Path, Run] = {}
+    problems: list[str] = []
+    for top in folders:
+        if not top.is_dir():
+            raise DataError(f"{top} is not a folder: give run folders or a folder that holds them")
+        for root, below, files in os.walk(top):
+            below[:] = sorted(b for b in below if not b.startswith(".") and b != "checkpoints")
+            here = Path(root).resolve()
+            if here in runs or not {RESULTS, METRICS} & set(files):
+                continue
+            label = here.relative_to(top.resolve()).as_posix()
+            runs[here] = _read(here, top.name if label == "." else label, problems)
+    if not runs:
+        where = ", ".join(map(str, folders))
+        raise DataError(f"no {METRICS} and no {RESULTS} under {where}: nothing to report")
+    for problem in problems:
+        log.warning("report: %s", problem)
+    ordered = sorted(runs.values(), key=lambda r: r.folder)
+    return Evidence(tuple(ordered), tuple(problems))
+
+
+def _read(folder: Path, label: str, problems: list[str]) -> Run:
+    def attempt(name: str, read: Callable[[Path], T], otherwise: T) -> T:
+        path = folder / name
+        if not path.is_file():
+            return otherwise
+        try:
+            return read(path)
+        except (FmrizooError, OSError, ValueError, yaml.YAMLError) as error:
+            text = str(error).replace(f"{folder}/", "").splitlines()[0]
+            problems.append(f"{label}/{name} was left out: {text}")
+            return otherwise
+
+    run = Run(
+        folder,
+        label,
+        recipe=attempt(RECIPE, _yaml, {}),
+        curve=attempt(METRICS, lambda p: _lines(p, label, problems), ()),
+        model=attempt(MODEL, _json, {}),
+        environment=attempt(ENVIRONMENT, _json, {}),
+        picture=attempt(RECONSTRUCTION, read_picture, None),
+        result=attempt(RESULTS, read_result, None),
+        predictions=attempt(PREDICTIONS, lambda p: tuple(read_predictions(p)[0]), ()),
+    )
+    if run.result and run.result.n_test and run.result.name != "Chance" and not run.predictions:
+        problems.append(
+            f"{label} has no {PREDICTIONS}: it is left out of paired comparisons and of the check "
+            "that test runs were not used in pretraining"
+        )
+    return run
+
+
+def _mapping(values: Any) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise DataError(f"a mapping was expected, found {type(values).__name__}")
+    return values
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return _mapping(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def _lines(path: Path, label: str, problems: list[str]) -> tuple[dict[str, Any], ...]:
+    """Lines of a JSONL file; a torn last line (a killed run) is left out and said."""
+    text = path.read_text(encoding="utf-8").splitlines()
+    found = []
+    for number, line in enumerate(text, start=1):
+        try:
+            found.append(_mapping(json.loads(line)))
+        except ValueError:
+            if number < len(text):
+                raise DataError(f"line {number} is not a JSON object") from None
+            problems.append(f"{label}/{path.name}: the last line is torn and was left out")
+    return tuple(found)

@@ -1,0 +1,253 @@
+"""One self-contained HTML page from run folders: nothing in it is loaded from anywhere else."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fmrizoo import __version__
+from fmrizoo.data.files import write_atomic
+from fmrizoo.evaluate import metrics
+from fmrizoo.evaluate.summary import Row
+from fmrizoo.report import figures, pictures, sections
+from fmrizoo.report.collect import Evidence, Run, collect
+from fmrizoo.report.figures import Image
+from fmrizoo.report.reconstruction import fill_errors
+from fmrizoo.report.words import CHANCE, LABELS, TaskReport, number, plus_minus, task_reports
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ReportSummary:
+    """Where the page lies and what it says in plain text.
+
+    Attributes:
+        path: The HTML file.
+        lines: Three lines for a terminal.
+        problems: What could not be read or is missing, one sentence each (also on the page).
+    """
+
+    path: Path
+    lines: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table and whether it is the best of its column."""
+
+    text: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the results table."""
+
+    name: str
+    tags: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    seeds: str
+    units: str
+    trained: str
+    note: str
+    chance: bool
+
+
+@dataclass(frozen=True)
+class PictureSection:
+    """One pretraining run's filled-in clip."""
+
+    label: str
+    slices: Image
+    courses: Image
+    errors: tuple[tuple[str, str, bool], ...]
+    share: str
+    says: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """Everything the template shows."""
+
+    title: str
+    date: str
+    version: str
+    tasks: tuple[dict[str, Any], ...]
+    pictures: tuple[PictureSection, ...]
+    curves: tuple[tuple[str, Image], ...]
+    data: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    methods: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...]
+    citations: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def write_report(
+    folders: Sequence[Path],
+    out: Path,
+    title: str = "fmrizoo report",
+    *,
+    citations: Sequence[str] = (),
+) -> ReportSummary:
+    """Write the report on everything found under ``folders``.
+
+    Args:
+        folders: Run folders, or folders that hold them at any depth. Used: ``results.json``,
+            ``predictions.tsv``, ``metrics.jsonl``, ``recipe.yaml``, ``reconstruction.npz``,
+            ``env.json``, ``model/config.json``.
+        out: The HTML file (written atomically).
+        title: Heading.
+        citations: Sources and licences of the data, shown as they are.
+
+    Raises:
+        DataError: a folder does not exist or there is nothing to report, or ``out`` cannot be
+            written. A file that cannot be read is left out, named on the page, and logged.
+    """
+    evidence = collect(folders)
+    tasks = task_reports(evidence)
+    shown = tuple(p for run in evidence.pretrainings if (p := _picture(run)))
+    page = Page(
+        title=title,
+        date=datetime.now(UTC).strftime("%-d %B %Y"),
+        version=__version__,
+        tasks=tuple(_task(t) for t in tasks),
+        pictures=shown,
+        curves=tuple(sections.curves(evidence)),
+        data=tuple(sections.data(evidence)),
+        methods=tuple(sections.methods(evidence, tasks)),
+        environment=tuple(sections.environment(evidence)),
+        citations=tuple(citations),
+        missing=tuple(sections.missing(evidence, tasks, len(shown))),
+    )
+    write_atomic(out, render(page).encode())
+    return ReportSummary(out, tuple(_lines(tasks, shown, evidence)), page.missing)
+
+
+def render(page: Page) -> str:
+    """The page as HTML; every value is escaped."""
+    import jinja2
+
+    env = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = files("fmrizoo.report").joinpath("template.html.j2").read_text(encoding="utf-8")
+    return env.from_string(text).render(page=page)
+
+
+def _task(report: TaskReport) -> dict[str, Any]:
+    names = metrics.names(report.task.kind)
+    scored = [r for r in report.rows if r.primary is not None and r.name != CHANCE]
+    best = {m: _best_value(scored, m) for m in names}
+    groups = [("Fine-tuned models", report.models), ("Baselines", report.baselines)]
+    lines = [
+        (label, [_line(r, best, metrics.PRIMARY[report.task.kind]) for r in found])
+        for label, found in groups
+    ]
+    return {
+        "report": report,
+        "task": report.task,
+        "metrics": [LABELS[m] + (" ↓" if m in metrics.LOWER_IS_BETTER else "") for m in names],
+        "groups": lines,
+        "figure": figures.dots(report) if scored else None,
+        "chance": number(report.chance) if report.chance is not None else None,
+        "spreads": _spread_words(scored),
+    }
+
+
+def _best_value(scored: Sequence[Row], metric: str) -> float | None:
+    values = [s.mean for r in scored if (s := r.spreads[metric])]
+    if not values:
+        return None
+    return min(values) if metric in metrics.LOWER_IS_BETTER else max(values)
+
+
+def _line(row: Row, best: dict[str, float | None], primary: str) -> Line:
+    cells = []
+    for m, top in best.items():
+        s = row.spreads[m]
+        # Two rows that print the same number are both the best, whatever their hidden digits.
+        wins = s is not None and top is not None and number(s.mean) == number(top)
+        cells.append(Cell(plus_minus(s), wins and row.name != CHANCE))
+    tags = []
+    if row.init:
+        tags.append("pretrained" if row.init == "pretrained" else "random start")
+    if row.train_encoder:
+        tags.append("encoder frozen" if row.train_encoder == "none" else "encoder trained")
+    p = row.parameters
+    gaps = [
+        f"{LABELS[m]} undefined in {s.missing} of {len(row.results)} results"
+        for m, s in row.spreads.items()
+        if s and s.missing
+    ]
+    return Line(
+        name=row.name,
+        tags=tuple(tags),
+        cells=tuple(cells),
+        seeds=f"{row.n_seeds} × {row.n_folds}" if row.n_units else "–",
+        units=str(row.n_units) if row.n_units else "–",
+        trained=f"{p.trainable:,}".replace(",", "\u202f") if p else "–",
+        note="; ".join((*row.notes, *gaps)),
+        chance=row.name == CHANCE,
+    )
+
+
+def _spread_words(scored: Sequence[Row]) -> str:
+    kinds = {s.over for r in scored if (s := r.primary) and s.over}
+    if kinds == {"seeds"}:
+        return "± is the sample standard deviation over seeds, folds averaged within each seed."
+    if kinds == {"folds"}:
+        return "± is the sample standard deviation over folds: every row has one seed only."
+    if kinds:
+        return (
+            "± is the sample standard deviation over seeds, folds averaged within each seed; for "
+            "rows with one seed it is over folds, and then larger: the two do not compare."
+        )
+    return "Without repetitions there is no ±."
+
+
+def _picture(run: Run) -> PictureSection | None:
+    picture = run.picture
+    if picture is None:
+        return None
+    errors = fill_errors(picture)
+    best = min(errors.values())
+    rivals = {name: e for name, e in errors.items() if name != "the model"}
+    rival = min(rivals, key=lambda name: rivals[name])
+    ratio = errors["the model"] / rivals[rival] if rivals[rival] > 0 else float("inf")
+    better = errors["the model"] < rivals[rival]
+    says = (
+        f"On this clip the model fills in {'better' if better else 'worse'} than the best filler "
+        f"without a model ({rival}): {ratio:.2f} times its error."
+    )
+    share = picture.hidden.sum() / (picture.brain.sum() * picture.truth.shape[-1])
+    orientation = str(run.contract.get("orientation") or "RAS")
+    return PictureSection(
+        label=run.label,
+        slices=pictures.slices(picture, orientation),
+        courses=pictures.courses(picture),
+        errors=tuple((name, number(e), e == best) for name, e in errors.items()),
+        share=f"{100 * share:.0f} %",
+        says=says,
+    )
+
+
+def _lines(
+    tasks: Sequence[TaskReport], shown: Sequence[PictureSection], evidence: Evidence
+) -> list[str]:
+    first = tasks[0] if tasks else None
+    lines = [first.verdict.short if first else "no results to compare"]
+    if first:
+        counted = f"{len(first.models)} models and {len(first.baselines)} baselines"
+        chance = f"; chance {first.chance:.3f}" if first.chance is not None else ""
+        lines.append(f"{counted} on {max(r.n_units for r in first.rows)} test units{chance}")
+    else:
+        lines.append(f"{len(evidence.pretrainings)} pretraining runs")
+    lines.append(shown[0].says if shown else "no picture of a reconstruction")
+    return lines
