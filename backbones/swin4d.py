@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil, prod
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def stage_grids(config: Swin4DConfig) -> list[Grid]:
     grids = [Grid(*patches)]
     for _ in range(merges):
         last = grids[-1]
-        grids.append(Grid(*(max(s // 2, 1) for s in last[:3]), last.t))
+        grids.append(Grid(max(last.x // 2, 1), max(last.y // 2, 1), max(last.z // 2, 1), last.t))
     return grids
 
 
@@ -146,10 +146,11 @@ class SwinBlock(nn.Module):
     def _drop(self, x: Tensor, order: Order) -> Tensor:
         if not self.drop_path or not self.training:
             return x
-        from timm.layers import drop_path  # pulls in torchvision: only where it is needed
+        from timm.layers.drop import drop_path  # pulls in torchvision: only where it is needed
 
         ones = x.new_ones(int(order.sample[-1]) + 1, 1)
-        return x * drop_path(ones, self.drop_path, True)[order.sample]
+        kept: Tensor = drop_path(ones, self.drop_path, True)
+        return x * kept[order.sample]
 
 
 class PatchMerging(nn.Module):
@@ -267,6 +268,9 @@ class Swin4D(Backbone):
         self._plans: dict[tuple[int, int, torch.device], list[StagePlan]] = {}
         self.init_weights()
 
+    def _stages(self) -> list[SwinStage]:
+        return cast(list[SwinStage], list(self.layers))
+
     def init_weights(self) -> None:
         """Position tables: truncated normal, s.d. 0.02. All else: PyTorch's defaults, as SwiFT."""
         for table in self.pos_embeds.parameters():
@@ -293,8 +297,8 @@ class Swin4D(Backbone):
             raise DataError(
                 f"{frames} frames do not divide into patches of {self.patch_size[3]} frames"
             )
-        bold, mask = pad_to(bold, mask, Grid(*self.clip_grid[:3], frames))
-        grid = Grid(*self.grids[0][:3], frames // self.patch_size[3])
+        bold, mask = pad_to(bold, mask, self.clip_grid._replace(t=frames))
+        grid = self.grids[0]._replace(t=frames // self.patch_size[3])
         values = self.pos_drop(self.patch_embed(bold))
         valid = torch.ones(batch, grid.size, dtype=torch.bool, device=bold.device)
         brain = torch.ones(batch, grid.size, device=bold.device)
@@ -332,11 +336,12 @@ class Swin4D(Backbone):
         plans = self._plan(frames, batch, x.device)
         kept: dict[int, Features] = {}
         for number, (stage, table, plan) in enumerate(
-            zip(self.layers, self.pos_embeds, plans, strict=True)
+            zip(self._stages(), self.pos_embeds, plans, strict=True)
         ):
             x = plan.enter(x).view(-1, plan.merged * x.shape[1])
             if number:
-                previous = self.layers[number - 1]
+                previous = self._stages()[number - 1]
+                assert previous.downsample is not None and previous.factors is not None
                 x = previous.downsample(x)
                 brain = _merge_brain(brain, previous.grid, frames, previous.factors)
             x = stage(x, plan, table(frames), self.checkpointing == "block")
@@ -344,7 +349,7 @@ class Swin4D(Backbone):
                 values = plan.leave(x).view(batch, -1, x.shape[1])
                 if number == len(self.layers) - 1 and self.config.final_norm:
                     values = self.norm(values)
-                grid = Grid(*stage.grid[:3], frames)
+                grid = stage.grid._replace(t=frames)
                 valid = torch.ones(values.shape[:2], dtype=torch.bool, device=x.device)
                 kept[number] = Features(values, _index(grid, batch, x.device), valid, grid, brain)
         return kept
@@ -354,8 +359,7 @@ class Swin4D(Backbone):
         if key not in self._plans:
             plans: list[StagePlan] = []
             previous = None
-            for stage in self.layers:
-                assert isinstance(stage, SwinStage)
+            for stage in self._stages():
                 layouts = stage.layouts(frames)
                 plans.append(stage_plan(layouts, batch, device, previous))
                 if stage.factors is not None:
@@ -375,10 +379,9 @@ class Swin4D(Backbone):
         ``grid`` voxels and frames of the clip; padding is counted as it is computed.
         """
         frames = grid.t // self.patch_size[3]
-        patches = Grid(*self.grids[0][:3], frames).size
+        patches = self.grids[0]._replace(t=frames).size
         parts = {"patch_embed": 2 * patches * prod(self.patch_embed.fc.weight.shape)}
-        for number, stage in enumerate(self.layers):
-            assert isinstance(stage, SwinStage)
+        for number, stage in enumerate(self._stages()):
             width = self.config.embed_dim * self.config.c_mult**number
             hidden = int(width * self.config.mlp_ratio)
             rows = pairs = 0
@@ -388,9 +391,7 @@ class Swin4D(Backbone):
             parts[f"stage{number + 1}.linear"] = 2 * rows * (4 * width**2 + 2 * width * hidden)
             parts[f"stage{number + 1}.attention"] = 4 * pairs * width
             if stage.downsample is not None:
-                following = self.layers[number + 1]
-                assert isinstance(following, SwinStage)
-                out = following.layouts(frames)[0]
+                out = self._stages()[number + 1].layouts(frames)[0]
                 weight = prod(stage.downsample.reduction.weight.shape)
                 parts[f"stage{number + 1}.merge"] = 2 * len(out.cells) * weight
         return parts

@@ -226,7 +226,7 @@ def _read(path: Path, stack: tuple[Path, ...] = ()) -> DictConfig:
 
 def _merge(*parts: DictConfig) -> DictConfig:
     """Merge left to right; a component section with another ``name`` replaces the whole section."""
-    result = cast(DictConfig, OmegaConf.create({}))
+    result = OmegaConf.create({})
     for part in parts:
         for section in COMPONENTS:
             new, old = part.get(section), result.get(section)
@@ -287,7 +287,7 @@ def compose(source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> Rec
     """
     if isinstance(source, dict):
         try:
-            base = cast(DictConfig, OmegaConf.create(source))
+            base = OmegaConf.create(source)
         except OmegaConfBaseException as error:
             raise RecipeError(f"recipe dict: {str(error).splitlines()[0]}") from None
     else:

@@ -92,7 +92,7 @@ class Registry:
         return self._entries[name]
 
     def list(self, pattern: str = "*", *, installed: bool = False) -> list[str]:
-        """Sorted names matching a shell pattern; ``installed=True``: only what can be built here."""
+        """Sorted names matching a shell pattern; ``installed``: only what can be built here."""
         return sorted(
             name
             for name, entry in self._entries.items()

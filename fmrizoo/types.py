@@ -32,11 +32,11 @@ class Grid(NamedTuple):
 
     def padded(self, multiple: Sequence[int]) -> Grid:
         """The smallest grid not smaller than this one that ``multiple`` divides."""
-        return Grid(*(math.ceil(s / m) * m for s, m in zip(self, multiple, strict=True)))
+        return Grid._make(math.ceil(s / m) * m for s, m in zip(self, multiple, strict=True))
 
     def divided(self, by: Sequence[int]) -> Grid:
         """Cell counts after merging blocks of ``by`` cells (which must divide the grid)."""
-        return Grid(*(s // m for s, m in zip(self, by, strict=True)))
+        return Grid._make(s // m for s, m in zip(self, by, strict=True))
 
     def __str__(self) -> str:
         return "×".join(str(s) for s in self)
@@ -383,3 +383,19 @@ class RunKey:
         parts = [("sub", self.subject), ("ses", self.session), ("task", self.task)]
         parts += [("acq", self.acquisition), ("run", self.run), *self.extra]
         return "_".join(f"{k}-{v}" for k, v in parts if v)
+
+    @classmethod
+    def parse(cls, name: str) -> RunKey:
+        """Inverse of ``str()``.
+
+        Raises:
+            DataError: ``name`` is not made of ``key-value`` pairs with a subject.
+        """
+        pairs = [part.partition("-") for part in name.split("_")]
+        found = {key: value for key, _, value in pairs}
+        if not all(value for _, _, value in pairs) or "sub" not in found:
+            raise DataError(f"{name!r} is no run name of the form sub-01_task-rest_run-01")
+        known = {"ses": "session", "task": "task", "acq": "acquisition", "run": "run"}
+        fields_ = {known[k]: v for k, v in found.items() if k in known}
+        extra = tuple((k, v) for k, v in found.items() if k not in known and k != "sub")
+        return cls(found["sub"], extra=extra, **fields_)

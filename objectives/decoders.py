@@ -25,7 +25,7 @@ class LinearDecoder(nn.Module):
         """``(b, X, Y, Z, T)`` voxels of the padded clip."""
         rx, ry, rz, rt = self.reduction
         x = self.project(features.to_grid().movedim(1, -1))
-        return rearrange(
+        voxels: Tensor = rearrange(
             x,
             "b x y z t (rx ry rz rt) -> b (x rx) (y ry) (z rz) (t rt)",
             rx=rx,
@@ -33,6 +33,7 @@ class LinearDecoder(nn.Module):
             rz=rz,
             rt=rt,
         )
+        return voxels
 
 
 class MLPDecoder(nn.Module):
@@ -62,9 +63,10 @@ class MLPDecoder(nn.Module):
         x = rearrange(x, "b x y z t (rt d) -> b x y z (t rt) d", rt=rt)
         x = x + self.time_embed[: x.shape[4]]
         x = self.space_project(self.space_norm(self.space_mlp(x)))
-        return rearrange(
+        voxels: Tensor = rearrange(
             x, "b x y z t (rx ry rz) -> b (x rx) (y ry) (z rz) t", rx=rx, ry=ry, rz=rz
         )
+        return voxels
 
 
 def build_decoder(

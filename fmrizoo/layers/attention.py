@@ -35,7 +35,7 @@ def attend_windows(
         ``(rows, d)`` in the dtype of ``qkv``.
     """
     if qkv.device.type == "cpu" and not dropout:
-        mixed: Tensor = _CPUAttention.apply(qkv, tuple(groups), heads, scale)  # type: ignore[no-untyped-call]
+        mixed: Tensor = _CPUAttention.apply(qkv, tuple(groups), heads, scale)
         return mixed
     parts = [_fused(block, scale, dropout) for block in _windows(qkv, groups, 3, heads)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -43,7 +43,7 @@ def attend_windows(
 
 def _windows(rows: Tensor, groups: Groups, parts: int, heads: int) -> Iterator[Tensor]:
     """Views ``(windows, tokens, parts, heads, head_dim)`` of the groups of ``rows``."""
-    blocks = rows.split([windows * tokens for windows, tokens in groups])
+    blocks = torch.split(rows, [windows * tokens for windows, tokens in groups])
     for block, (windows, tokens) in zip(blocks, groups, strict=True):
         yield block.view(windows, tokens, parts, heads, -1)
 

@@ -141,7 +141,7 @@ class PatchEmbed(nn.Module):
     def forward(self, bold: Tensor) -> Tensor:
         """``(b, c, x, y, z, t)`` → ``(b, n, embed_dim)``, tokens row-major in x, y, z, t."""
         if bold.device.type == "cpu":
-            projected = _SlabProjection.apply(bold, self.fc.weight, self.patch)  # type: ignore[no-untyped-call]
+            projected = _SlabProjection.apply(bold, self.fc.weight, self.patch)
             out = projected + self.fc.bias
         else:
             out = self._convolve(bold)

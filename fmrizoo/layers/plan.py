@@ -68,7 +68,7 @@ class Gather:
         """``(sources, d)`` → ``(len(index), d)``."""
         if self.inverse is None:
             return rows.index_select(0, self.index)
-        moved: Tensor = _Permute.apply(rows, self.index, self.inverse)  # type: ignore[no-untyped-call]
+        moved: Tensor = _Permute.apply(rows, self.index, self.inverse)
         return moved
 
 

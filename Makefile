@@ -1,0 +1,44 @@
+# Two commands do everything: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Waiting threads must sleep, or any other busy process makes two-thread work many times slower.
+export OMP_WAIT_POLICY := passive
+export DS_ACCELERATOR ?= cpu
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-slow lint types bench install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh demo
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 3600
+
+lint: install types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy sees the package as it is installed: backbones/ and the others inside fmrizoo/.
+types: install
+	rm -rf build/typed && mkdir -p build/typed/fmrizoo
+	ln -s $(CURDIR)/fmrizoo/* build/typed/fmrizoo/
+	ln -s $(CURDIR)/backbones $(CURDIR)/objectives $(CURDIR)/recipes build/typed/fmrizoo/
+	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fmrizoo
+
+bench: install
+	$(BIN)/python benchmarks/swin4d.py
+	$(BIN)/python benchmarks/store.py
+
+clean:
+	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache

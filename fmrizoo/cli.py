@@ -1,0 +1,377 @@
+"""The command line. Flags say where and how, dotted ``key=value`` arguments say what."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fmrizoo import __version__
+from fmrizoo.errors import FmrizooError
+
+if TYPE_CHECKING:
+    from fmrizoo.config import Recipe
+    from fmrizoo.evaluate.results import Result
+    from fmrizoo.trainer.inputs import StepEvent
+
+INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again to go on
+
+app = typer.Typer(
+    help="Foundation models for functional MRI.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Recipe values: dotted key=value.", show_default=False)
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
+RecipeName = Annotated[str, typer.Argument(help="Shipped recipe name or YAML file.")]
+EveryFold = Annotated[
+    bool, typer.Option("--every-fold", help="One run per fold of the split, below --out.")
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs with as many consecutive seeds.")]
+
+
+def main() -> None:
+    """Entry point: errors made for users are one message and exit code 1."""
+    try:
+        app()
+    except FmrizooError as error:
+        err.print("[bold red]error:[/]", end=" ")
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"fmrizoo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")] = False,
+) -> None:
+    handler = RichHandler(console=err, show_path=False, show_time=False, markup=False)
+    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
+    logging.getLogger("fmrizoo").setLevel("WARNING" if quiet else "INFO")
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar that ``update(done, total, note)`` drives; nothing where stderr is no terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
+        task = bar.add_task(title, total=None, note="")
+
+        def update(done: int, total: int, note: str) -> None:
+            bar.update(task, completed=done, total=total, note=note)
+
+        yield update
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        str, typer.Argument(help="BIDS or fMRIPrep folder, TSV of files, or sample:haxby2001.")
+    ],
+    store: Annotated[Path, typer.Argument(help="Folder of the store to write or add to.")],
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose prepare section is used.", show_default=False)
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Publish the good runs even if others are unusable.")
+    ] = False,
+) -> None:
+    """NIfTI runs → one checksummed HDF5 file per subject."""
+    from fmrizoo.data.prepare import ProgressEvent
+    from fmrizoo.data.prepare import prepare as run
+    from fmrizoo.zoo import load_recipe
+
+    # Without a recipe the overrides alone make one: prepare.codec=gzip, …
+    composed = load_recipe(recipe if recipe else {}, overrides or [])
+    with _progress("prepare") as update:
+
+        def note(event: ProgressEvent) -> None:
+            update(event.done, event.total, f"{event.run} {event.state}")
+
+        report = run(source, store, composed.prepare, skip_bad=skip_bad, on_progress=note)
+    out.print(
+        f"{store}: {len(report.prepared)} runs prepared, {len(report.kept)} kept, "
+        f"{len(report.skipped)} skipped",
+        soft_wrap=True,
+    )
+    if report.skipped:
+        table = Table("run", "file", "reason", title="skipped")
+        for row in report.skipped:
+            table.add_row(row.run, row.file, row.reason)
+        out.print(table)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run of a command that was asked for several folds or seeds."""
+
+    recipe: Recipe
+    folder: Path
+    label: str
+
+
+def _jobs(
+    recipe: str, overrides: list[str] | None, folder: Path, every_fold: bool, seeds: int
+) -> list[_Job]:
+    """One run, or one for each seed and fold, in ``seed-<s>/fold-<k>`` below ``folder``."""
+    from fmrizoo.zoo import load_recipe
+
+    given = overrides or []
+    first = load_recipe(recipe, given)
+    jobs = []
+    for seed in range(first.train.seed, first.train.seed + seeds):
+        for fold in range(first.split.folds) if every_fold else [first.split.fold]:
+            parts = [f"seed-{seed}"] * (seeds > 1) + [f"fold-{fold}"] * every_fold
+            composed = load_recipe(recipe, [*given, f"split.fold={fold}", f"train.seed={seed}"])
+            jobs.append(_Job(composed, folder.joinpath(*parts), " ".join(parts)))
+    return jobs
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    folder: Out,
+    every_fold: EveryFold = False,
+    seeds: Seeds = 1,
+) -> None:
+    """Train a backbone with an objective; the same command resumes."""
+    from fmrizoo.pipeline import pretrain as run
+
+    for job in _jobs(recipe, overrides, folder, every_fold, seeds):
+        with _progress(f"pretrain {job.label}") as update:
+            result = run(job.recipe, job.folder, on_step=_step_note(update))
+        _stop_if_interrupted(result.interrupted, job.folder)
+        shown = {"loss": result.metrics.get("loss"), "validation": result.validation}
+        text = ", ".join(f"{k} {_short(v)}" for k, v in shown.items() if v)
+        note = " (was finished before)" if result.already_finished else ""
+        out.print(f"{job.folder}: step {result.step}, {text}{note}", soft_wrap=True)
+
+
+def _step_note(update: Callable[[int, int, str], None]) -> Callable[[StepEvent], None]:
+    def on_step(event: StepEvent) -> None:
+        note = f"loss {event.loss:.4f} · {event.clips_per_second:.0f} clips/s"
+        update(event.step, event.steps, note)
+
+    return on_step
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{k} {_short(v)}" for k, v in value.items())
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _stop_if_interrupted(interrupted: bool, target: Path) -> None:
+    if interrupted:
+        err.print(f"interrupted: a checkpoint is in {target}; run the same command to go on")
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    folder: Out,
+    every_fold: EveryFold = False,
+    seeds: Seeds = 1,
+    name: Annotated[
+        str | None, typer.Option(help="Row name in tables.", show_default=False)
+    ] = None,
+) -> None:
+    """Train a head on a pretrained (or random) encoder, then test once."""
+    from fmrizoo.pipeline import finetune as run
+
+    results = []
+    for job in _jobs(recipe, overrides, folder, every_fold, seeds):
+        with _progress(f"finetune {job.label}") as update:
+            result = run(job.recipe, job.folder, name=name, on_step=_step_note(update))
+        if result is None:
+            _stop_if_interrupted(_is_main(), job.folder)
+        else:
+            results.append(result)
+    _show(results)
+
+
+def _is_main() -> bool:
+    from fmrizoo.trainer.device import discover
+
+    return discover().main
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Fine-tuned run folders.")],
+    name: Annotated[
+        str | None, typer.Option(help="Row name in tables.", show_default=False)
+    ] = None,
+) -> None:
+    """Score fine-tuned runs on the test part of their split (again)."""
+    from fmrizoo.evaluate.results import FILE, read_result
+    from fmrizoo.pipeline import evaluate as run
+
+    rows = []
+    for folder in runs:
+        file = folder / FILE
+        rows.append(run(folder, name=name or (read_result(file).name if file.is_file() else None)))
+    _show(rows)
+
+
+@app.command()
+def baselines(
+    recipe: RecipeName, overrides: Overrides = None, *, folder: Out, every_fold: EveryFold = False
+) -> None:
+    """Chance, voxels, PCA whitening, ROI means and connectivity on a recipe's task and split."""
+    from fmrizoo.pipeline import baselines as run
+
+    results = []
+    with _progress("baselines") as update:
+        jobs = _jobs(recipe, overrides, folder, every_fold, seeds=1)
+        for number, job in enumerate(jobs, start=1):
+            results += [found.result for found in run(job.recipe, job.folder)]
+            update(number, len(jobs), "")
+    _show(results)
+
+
+def _show(results: list[Result]) -> None:
+    """Mean ± s.d. over folds and seeds, one line a row name."""
+    from fmrizoo.evaluate.metrics import PRIMARY
+    from fmrizoo.evaluate.summary import rows
+
+    if not results:
+        return
+    table = Table("", "metric", "mean ± s.d.", "seeds × folds", "test units", "chance")
+    for row in rows(results):
+        metric = PRIMARY[row.task.kind]
+        if row.primary is None:
+            table.add_row(row.name, metric, "not applicable", "", "", "")
+            continue
+        deviation = "" if row.primary.std is None else f" ± {row.primary.std:.3f}"
+        table.add_row(
+            row.name,
+            metric,
+            f"{row.primary.mean:.3f}{deviation}",
+            f"{row.n_seeds} × {row.n_folds}",
+            str(row.n_units),
+            "" if row.chance is None else f"{row.chance:.3f}",
+        )
+    out.print(table)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, searched recursively.")],
+    *,
+    page: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")],
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "fmrizoo report",
+) -> None:
+    """One self-contained HTML page: curves, reconstructions, results with their baselines."""
+    from fmrizoo.report.html import write_report
+
+    summary = write_report(folders, page, title=title)
+    out.print(f"report: {page.resolve()}", soft_wrap=True)
+    for line in summary.lines:
+        out.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Store, run folder, model folder or split file.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte and compare every checksum.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a store, run folder, checkpoint or model holds."""
+    from fmrizoo.inspection import describe
+
+    found = describe(path, verify=verify)
+    if as_json:
+        out.print_json(json.dumps(found))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in found.items():
+        text = json.dumps(value, indent=1) if isinstance(value, (dict, list)) else str(value)
+        table.add_row(f"[bold]{key}[/]", text)
+    out.print(table)
+    if found.get("faults"):
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="backbones, objectives, heads or recipes.")],
+    pattern: Annotated[str, typer.Argument(help="Shell pattern.")] = "*",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is in the zoo."""
+    from fmrizoo import zoo
+    from fmrizoo.errors import RecipeError
+    from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, suggest
+
+    tables = {"backbones": BACKBONES, "objectives": OBJECTIVES, "heads": HEADS}
+    if kind == "recipes":
+        rows = [{"name": n, "about": zoo.recipe_summary(n)} for n in zoo.list_recipes(pattern)]
+    elif kind in tables:
+        entries = [tables[kind][name] for name in tables[kind].list(pattern)]
+        rows = [{"name": e.name, "about": e.summary} for e in entries]
+    else:
+        raise RecipeError(f"unknown kind {kind!r}.{suggest(kind, [*tables, 'recipes'])}")
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    table = Table("name", "")
+    for row in rows:
+        table.add_row(row["name"], row["about"])
+    out.print(table)
+
+
+@app.command()
+def recipe(
+    name: RecipeName,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print a recipe, fully resolved."""
+    from fmrizoo.config import to_dict, to_yaml
+    from fmrizoo.zoo import load_recipe
+
+    composed = load_recipe(name, overrides or [])
+    if as_json:
+        out.print_json(json.dumps(to_dict(composed)))
+    else:
+        out.print(to_yaml(composed), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,257 @@
+"""The front door: recipes by name, and models from them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmrizoo.config import Recipe, compose
+from fmrizoo.errors import CheckpointError, RecipeError
+from fmrizoo.model import DownstreamModel, PretrainingModel
+from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, suggest
+from fmrizoo.types import Backbone, Contract, TaskSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+RecipeLike = str | Path | dict[str, Any] | Recipe
+
+# Importing these fills the registries.
+for _package in ("backbones", "objectives", "heads"):
+    importlib.import_module(f"fmrizoo.{_package}")
+
+
+def list_backbones(pattern: str = "*", *, installed: bool = False) -> list[str]:
+    """Names of the registered backbones that match a shell pattern."""
+    return BACKBONES.list(pattern, installed=installed)
+
+
+def list_objectives(pattern: str = "*", *, installed: bool = False) -> list[str]:
+    """Names of the registered objectives that match a shell pattern."""
+    return OBJECTIVES.list(pattern, installed=installed)
+
+
+def list_heads(pattern: str = "*", *, installed: bool = False) -> list[str]:
+    """Names of the registered heads that match a shell pattern."""
+    return HEADS.list(pattern, installed=installed)
+
+
+def _shipped() -> dict[str, Path]:
+    root = Path(str(files("fmrizoo.recipes")))
+    found = {p.relative_to(root).with_suffix("").as_posix(): p for p in root.rglob("*.yaml")}
+    return {name: path for name, path in found.items() if not name.startswith("_")}
+
+
+def list_recipes(pattern: str = "*") -> list[str]:
+    """Names of the shipped recipes that match a shell pattern, such as ``pretrain/*``."""
+    return sorted(name for name in _shipped() if fnmatch(name, pattern))
+
+
+def recipe_summary(name: str) -> str:
+    """First comment line of a shipped recipe."""
+    first = recipe_path(name).read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ")
+
+
+def recipe_path(name: str | Path) -> Path:
+    """The file of a recipe given by path, shipped name, or its last part if that is unique.
+
+    Raises:
+        RecipeError: no such file or name, with the nearest one.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise RecipeError(f"no recipe file {path}")
+        return path
+    shipped = _shipped()
+    if str(name) in shipped:
+        return shipped[str(name)]
+    short = [full for full in shipped if full.rsplit("/", 1)[-1] == str(name)]
+    if len(short) == 1:
+        return shipped[short[0]]
+    if short:
+        raise RecipeError(f"recipe {str(name)!r} is ambiguous: {', '.join(sorted(short))}")
+    raise RecipeError(f"unknown recipe {str(name)!r}.{suggest(str(name), list(shipped))}")
+
+
+def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+    """Compose and check a recipe.
+
+    Args:
+        recipe: Shipped name (``pretrain/swin4d_simmim`` or ``swin4d_simmim``), YAML file, dict, or
+            a :class:`Recipe` (then without overrides).
+        overrides: ``key=value`` strings with dotted keys; they win.
+
+    Raises:
+        RecipeError: an unknown name or key, a wrong type, or values that contradict each other.
+    """
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise RecipeError("a composed Recipe takes no overrides: change the object instead")
+        composed = recipe
+    else:
+        composed = compose(recipe if isinstance(recipe, dict) else recipe_path(recipe), overrides)
+    _check_clip(composed)
+    return composed
+
+
+def _check_clip(recipe: Recipe) -> None:
+    """The clip that the data section cuts must be one that the backbone can take."""
+    size = getattr(recipe.backbone, "img_size", None)
+    if size is None:
+        return
+    frames, patch = recipe.data.clip_frames, recipe.backbone.patch_size[3]
+    if frames > size[3]:
+        raise RecipeError(
+            f"data.clip_frames={frames} is longer than backbone.img_size[3]={size[3]}: "
+            "shorten the clips or build the backbone for longer ones"
+        )
+    if frames % patch:
+        raise RecipeError(
+            f"data.clip_frames={frames} does not divide into patches of {patch} frames "
+            f"(backbone.patch_size={list(recipe.backbone.patch_size)})"
+        )
+
+
+def create_backbone(name: str, **config: Any) -> Backbone:
+    """A backbone with fresh weights: ``create_backbone("swin4d", embed_dim=24)``.
+
+    Raises:
+        RecipeError: unknown name or option, or options that contradict.
+    """
+    built: Backbone = BACKBONES.build(compose({"backbone": {"name": name, **config}}).backbone)
+    return built
+
+
+def build(
+    recipe: RecipeLike | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    backbone: str | dict[str, Any] | None = None,
+    objective: str | dict[str, Any] | None = None,
+    head: str | dict[str, Any] | None = None,
+    task: TaskSpec | None = None,
+) -> PretrainingModel | DownstreamModel | Backbone:
+    """Build a model with fresh weights.
+
+    Args:
+        recipe: Shipped name, file, dict or :class:`Recipe`; or give the parts by keyword.
+        overrides: ``key=value`` strings.
+        backbone, objective, head: Name, or dict with a ``name``; instead of ``recipe``.
+        task: What the head predicts; needed with a head.
+
+    Returns:
+        Backbone + objective, backbone + head, or the bare backbone if the recipe has neither.
+
+    Raises:
+        RecipeError: nothing to build, both ways used at once, or a combination that cannot work.
+
+    >>> build(backbone="swin4d", objective="simmim")
+    """
+    parts = {"backbone": backbone, "objective": objective, "head": head}
+    given = {key: value for key, value in parts.items() if value is not None}
+    if (recipe is None) == (not given):
+        raise RecipeError("give a recipe, or backbone=, objective=, head= as keywords (not both)")
+    chosen = load_recipe(dict(given) if recipe is None else recipe, overrides)
+    return build_model(chosen, task)
+
+
+def build_model(
+    recipe: Recipe, task: TaskSpec | None = None
+) -> PretrainingModel | DownstreamModel | Backbone:
+    """The model of a composed recipe (see :func:`build`)."""
+    if recipe.backbone is None:
+        raise RecipeError(f"the recipe names no backbone. Available: {', '.join(BACKBONES.list())}")
+    encoder: Backbone = BACKBONES.build(recipe.backbone)
+    if recipe.objective is not None:
+        return PretrainingModel(encoder, OBJECTIVES.build(recipe.objective, backbone=encoder))
+    if recipe.head is not None:
+        if task is None:
+            raise RecipeError(
+                "a head needs to know its task: build(..., task=TaskSpec('classification', "
+                "classes=('a', 'b')))"
+            )
+        return DownstreamModel(encoder, HEADS.build(recipe.head, backbone=encoder, task=task))
+    return encoder
+
+
+def model_folder(path: str | Path) -> Path:
+    """The exported model in a run folder, or the folder itself if it is one.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    path = Path(path)
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError(f"{path} holds no exported model (no config.json here or in model/)")
+
+
+def load(path: str | Path) -> nn.Module:
+    """The trained model of a run folder or model folder, in ``eval()`` mode on the CPU.
+
+    Returns:
+        :class:`PretrainingModel` or :class:`DownstreamModel`, with every weight matched by name.
+
+    Raises:
+        CheckpointError: no model there, damaged files, or weights that do not fit their recipe.
+    """
+    from fmrizoo.trainer.export import read_model
+
+    folder = model_folder(path)
+    weights, info = read_model(folder)
+    model: nn.Module = build_model(load_recipe(info.recipe), info.task)
+    load_strictly(model, weights, str(folder))
+    return model.eval()
+
+
+def load_strictly(model: nn.Module, weights: dict[str, Any], where: str) -> None:
+    """Load weights by name; anything missing, unexpected or of another shape is an error.
+
+    Raises:
+        CheckpointError: names what does not fit.
+    """
+    own = model.state_dict()
+    missing = sorted(own.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & weights.keys())
+        if own[name].shape != weights[name].shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
+    if any(faults.values()):
+        said = "; ".join(
+            f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            for what, names in faults.items()
+            if names
+        )
+        raise CheckpointError(f"the weights in {where} do not fit the model: {said}")
+    model.load_state_dict(weights)
+
+
+def load_encoder(backbone: Backbone, path: str | Path) -> tuple[Contract | None, tuple[str, ...]]:
+    """Load the encoder of a trained model into ``backbone``.
+
+    Returns:
+        The preprocessing contract the weights expect, and the names of all runs they have seen.
+
+    Raises:
+        CheckpointError: no model there, or an encoder of another architecture.
+    """
+    from fmrizoo.trainer.export import read_model
+
+    folder = model_folder(path)
+    weights, info = read_model(folder)
+    prefix = "backbone."
+    encoder = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if not encoder:
+        raise CheckpointError(f"{folder} holds no encoder (no weight is named {prefix}*)")
+    load_strictly(backbone, encoder, str(folder))
+    return info.contract, info.seen_runs
