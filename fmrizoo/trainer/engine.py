@@ -5,7 +5,9 @@ What is decided here because DeepSpeed's own defaults would change the result si
 - ZeRO stage 0 with bf16 takes one optimizer step with empty gradients before training (weights
   decay once, Adam starts at its second step), so that pair runs as stage 1, which is the same
   arithmetic.
-- bf16 gradients are summed over micro-batches and ranks in fp32, not in bf16.
+- bf16 gradients are summed over micro-batches and ranks in fp32. That takes three settings:
+  ``grad_accum_dtype`` (stages 2 and 3), ``immediate_grad_update`` (stage 1, which otherwise adds
+  micro-batches up in bf16 all the same) and ``communication_data_type`` (ranks).
 - Clipping is always written into the config (its default is 1.0, not off).
 - The optimizer is PyTorch's own AdamW: a config-built one would be compiled at first use.
 - No scheduler in the config: several of them give every group one rate. The loop sets
@@ -101,7 +103,8 @@ def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[
         "gradient_accumulation_steps": train.accumulate,
         "gradient_clipping": float(train.clip_norm),
         "zero_optimization": zero,
-        "bf16": {"enabled": train.precision == "bf16"},
+        "bf16": {"enabled": train.precision == "bf16", "immediate_grad_update": True},
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }

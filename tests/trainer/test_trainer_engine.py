@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from trainer_tiny import TinyStream, inputs, reference, rows, tiny, train_config
+from trainer_tiny import Slope, Slopes, TinyStream, inputs, reference, rows, tiny, train_config
 
 from fmrizoo.config import Recipe
 from fmrizoo.errors import RecipeError
@@ -39,6 +40,15 @@ def test_equals_plain_loop(tmp_path: Path, stage: int, precision: str, clip_norm
         torch.testing.assert_close(weights[name], value, atol=WEIGHTS[precision], rtol=0)
     if clip_norm:
         assert min(want.norms) < clip_norm < max(want.norms)  # some steps are clipped, some not
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_gradients_are_summed_in_fp32(tmp_path: Path, stage: int) -> None:
+    changes = {"zero_stage": stage, "precision": "bf16", "accumulate": 4, "steps": 1}
+    given = inputs(tmp_path, **changes, clip_norm=0.0)
+    train(replace(given, model=Slope(), loader_for=Slopes))
+    # 16 weights with the mean over four micro-batches of 1, 2⁻⁹, 2⁻⁹, 2⁻⁹.
+    assert rows(tmp_path)[0]["grad_norm"] == pytest.approx(4 * (1 + 3 * 2**-9) / 4, abs=1e-6)
 
 
 def test_clipping_matters_here() -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 from trainer_tiny import (
+    Slope,
+    Slopes,
     TinyStream,
     inputs,
     on_ranks,
@@ -39,6 +41,10 @@ def every_stage(world: World, out: str) -> None:
     for stage, precision in CASES:
         folder = Path(out, f"{stage}-{precision}")
         train(inputs(folder, world=world, zero_stage=stage, precision=precision))
+    for stage in (1, 2, 3):
+        changes = {"zero_stage": stage, "precision": "bf16", "steps": 1, "clip_norm": 0.0}
+        given = inputs(Path(out, f"sum-{stage}"), world=world, accumulate=1, **changes)
+        train(replace(given, model=Slope(), loader_for=Slopes))
 
 
 class DyingStream(TinyStream):
@@ -118,6 +124,12 @@ def test_two_ranks_equal_plain_loop(stages: Path, stage: int, precision: str) ->
     for name, value in want.weights.items():
         limit = 1e-5 if precision == "fp32" else 0.012
         torch.testing.assert_close(weights[name], value, atol=limit, rtol=0)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_gradients_of_ranks_are_summed_in_fp32(stages: Path, stage: int) -> None:
+    (row,) = rows(stages / f"sum-{stage}")
+    assert row["grad_norm"] == pytest.approx(4 * (1 + 2**-9) / 2, abs=1e-6)
 
 
 def test_two_ranks_see_the_clips_of_one(stages: Path) -> None:

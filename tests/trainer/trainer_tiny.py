@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,31 @@ def clips(first: int, n: int, poison: frozenset[int] = frozenset()) -> Batch:
     names = [f"sub-{i:03d}" for i in range(first, first + n)]
     mask = torch.ones(n, *GRID[:3], dtype=torch.bool)
     return Batch(bold, mask, torch.full((n,), 2.0), names, names, torch.zeros(n))
+
+
+class Slope(nn.Module):
+    """A loss whose gradient at every weight is the batch's first voxel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 4))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return (self.weight * batch.bold.flatten()[0]).sum(), {}
+
+
+@dataclass
+class Slopes:
+    """Gradients 1, 2⁻⁹, 2⁻⁹, …: a bf16 sum stays at 1, an fp32 sum does not."""
+
+    world: World
+    micro: int
+
+    def batches(self, start: int = 0) -> Iterator[Samples]:
+        for m in count(start):
+            first = m == 0 and self.world.rank == 0
+            batch = clips(0, self.micro)
+            yield Samples(replace(batch, bold=torch.full_like(batch.bold, 1.0 if first else 2**-9)))
 
 
 @dataclass
