@@ -192,7 +192,9 @@ def contenders(folder: Path, n_runs: int, windows: list[tuple[int, int]]) -> lis
         Contender("fmrizoo int8, compact + checksum", compact, ours),
         Contender("fmrizoo int8, made dense on the CPU", dense, ours),
         Contender(
-            "per-frame .pt, DataLoader", through(PtWindows(other, windows)), size(other.rglob("*.pt"))
+            "per-frame .pt, DataLoader",
+            through(PtWindows(other, windows)),
+            size(other.rglob("*.pt")),
         ),
         Contender(
             "h5py gzip-4 chunk=1, DataLoader",

@@ -160,7 +160,7 @@ class CompactBatch:
 def _fill(clip: Tensor, sample: CompactSample, device: torch.device) -> None:
     """``clip (t, x, y, z)`` ← background, then ``a * stored + b`` at the brain voxels."""
     run = sample.decode.on(device)
-    stored = torch.from_numpy(sample.rows[:, : sample.decode.n_vox]).to(device)
+    stored = torch.from_numpy(sample.rows).to(device)[:, : sample.decode.n_vox]
     # float32 whatever the dtype asked for: z-scores differ from large means in the last digits.
     values = torch.addcmul(run.b, stored.to(torch.float32), run.a)
     clip.fill_(sample.decode.background)

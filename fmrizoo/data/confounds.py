@@ -17,18 +17,22 @@ log = logging.getLogger(__name__)
 STRATEGIES = ("simple", "scrubbing", "compcor", "ica_aroma")
 
 
+def check_strategy(strategy: str) -> None:
+    """Raise :class:`DataError` for a strategy that nilearn does not have."""
+    if strategy not in STRATEGIES:
+        raise DataError(f"prepare.confounds={strategy!r}.{suggest(strategy, list(STRATEGIES))}")
+
+
 def load_confounds(
     bold: Path, strategy: str, n_frames: int
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Confounds ``(frames, k)`` and which frames are kept ``(frames,)``, by nilearn's strategy.
 
     Raises:
-        DataError: unknown strategy, no confounds beside ``bold``, or of another length.
+        DataError: no confounds beside ``bold``, or of another length.
     """
     from nilearn.interfaces.fmriprep import load_confounds_strategy
 
-    if strategy not in STRATEGIES:
-        raise DataError(f"prepare.confounds={strategy!r}.{suggest(strategy, list(STRATEGIES))}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nilearn's advice on data without sidecars

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,6 @@ import h5py
 import numpy as np
 
 from fmrizoo.data.codec import (
-    DTYPES,
     PAGE,
     Array,
     Encoded,
@@ -61,14 +61,68 @@ def meta_checksum(meta: bytes, arrays: dict[str, Array]) -> int:
 
 def write_error(path: Path, error: OSError) -> DataError:
     """The sentence for a failed write, with the disk-full cases told apart."""
-    text = str(error)
-    full = error.errno in _FULL or any(f"errno = {code}" in text.lower() for code in _FULL)
-    if full:
+    if error.errno in _FULL:
         return DataError(
             f"{path.parent} is full (or over quota, or over the file size limit): free some "
             f"space and run the same command again; finished subjects are kept"
         )
-    return DataError(f"cannot write {path}: {error.strerror or text}")
+    return DataError(f"cannot write {path}: {error.strerror or error}")
+
+
+class Sink:
+    """The file that HDF5 writes into, through Python, so that HDF5 never meets a failed write.
+
+    HDF5 crashes the process when the disk fills up while it closes a file. Here the first error
+    is kept, whatever follows is dropped, and the writer raises it instead of publishing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._at = 0
+        self.error: OSError | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As in ``io``; only from the start and the end."""
+        self._at = offset + (os.fstat(self._descriptor).st_size if whence == os.SEEK_END else 0)
+        return self._at
+
+    def tell(self) -> int:
+        """Position."""
+        return self._at
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill ``buffer``; what was never written reads as zeros."""
+        got = os.preadv(self._descriptor, [buffer], self._at)
+        buffer[got:] = bytes(len(buffer) - got)
+        self._at += len(buffer)
+        return len(buffer)
+
+    def write(self, data: memoryview) -> int:
+        """Write all of ``data``, or keep the error and say it was written."""
+        done = 0
+        try:
+            while self.error is None and done < len(data):
+                done += os.pwrite(self._descriptor, data[done:], self._at + done)
+        except OSError as error:
+            self.error = error
+        self._at += len(data)
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        """Set the length."""
+        try:
+            if self.error is None:
+                os.ftruncate(self._descriptor, size)
+        except OSError as error:
+            self.error = error
+        return size
+
+    def flush(self) -> None:
+        """Nothing is held back here; the file is synced before it is published."""
+
+    def close(self) -> None:
+        """Release the descriptor."""
+        os.close(self._descriptor)
 
 
 class SubjectWriter:
@@ -80,19 +134,20 @@ class SubjectWriter:
         self.entries: list[dict[str, Any]] = []  # the index entries of the runs written
         self._subject = subject
         self._file: h5py.File | None = None
+        self._sink: Sink | None = None
 
     def __enter__(self) -> SubjectWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary.unlink(missing_ok=True)
         access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
         access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
         access.set_alignment(4 * PAGE, PAGE)
-        name = str(self.temporary).encode()
         try:
-            handle = h5py.h5f.create(name, h5py.h5f.ACC_TRUNC, fapl=access)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._sink = Sink(self.temporary)
         except OSError as error:
             raise write_error(self.path, error) from error
-        self._file = h5py.File(handle)
+        access.set_fileobj_driver(h5py.h5fd.fileobj_driver, self._sink)
+        name = str(self.temporary).encode()
+        self._file = h5py.File(h5py.h5f.create(name, h5py.h5f.ACC_TRUNC, fapl=access))
         self._file.attrs["schema"] = np.bytes_(FORMAT)
         self._file.attrs["subject"] = np.bytes_(self._subject)
         return self
@@ -115,20 +170,16 @@ class SubjectWriter:
             "row": int(rows.shape[1]),
             "quantisation_error": encoded.error,
         }
-        try:
-            group = self._open().create_group(name)
-            frames = _dense(rows, mask, outside) if dense else rows
-            arrays["crc32"] = np.array(
-                [
-                    frame_crc(np.ascontiguousarray(f), frame_seed(meta["uuid"], name, t))
-                    for t, f in enumerate(frames)
-                ],
-                np.uint32,
-            )
-            _write_bold(group, frames, encoded.kind, dense)
-            self._write_small(group, meta, arrays)
-        except (OSError, RuntimeError) as error:
-            raise write_error(self.path, OSError(str(error))) from error
+        group = self._open().create_group(name)
+        bold = _create_bold(group, rows, mask, dense)
+        crc = []
+        for t, row in enumerate(rows):
+            frame = _dense(row, mask, outside) if dense else row
+            crc.append(frame_crc(frame, frame_seed(meta["uuid"], name, t)))
+            bold[t] = frame
+        arrays["crc32"] = np.array(crc, np.uint32)
+        self._write_small(group, meta, arrays)
+        self._check()
 
     def _write_small(
         self, group: h5py.Group, meta: dict[str, Any], arrays: dict[str, Array]
@@ -143,12 +194,15 @@ class SubjectWriter:
 
     def copy(self, source: Path, entry: dict[str, Any]) -> None:
         """Take over a run that an earlier file already holds, byte for byte."""
-        try:
-            with h5py.File(source, "r", locking=False) as old:
-                old.copy(entry["name"], self._open())
-        except (OSError, RuntimeError) as error:
-            raise write_error(self.path, OSError(str(error))) from error
+        with h5py.File(source, "r", locking=False) as old:
+            old.copy(entry["name"], self._open())
+        self._check()
         self.entries.append({k: v for k, v in entry.items() if k != "file"})
+
+    def _check(self) -> None:
+        """Raise the first write error since the file was opened."""
+        if self._sink is not None and self._sink.error is not None:
+            raise write_error(self.path, self._sink.error)
 
     def _open(self) -> h5py.File:
         if self._file is None:
@@ -167,31 +221,35 @@ class SubjectWriter:
                 file.attrs["complete"] = np.uint8(1)
             file.close()
             if error is None:
+                self._check()
                 publish(self.temporary, self.path, read_only=True)
-        except (OSError, RuntimeError) as failure:
-            if error is None:
-                raise write_error(self.path, OSError(str(failure))) from failure
+        except OSError as failure:
+            raise write_error(self.path, failure) from failure
         finally:
+            if self._sink is not None:
+                self._sink.close()
             self.temporary.unlink(missing_ok=True)
 
 
-def _dense(rows: Array, mask: Array, outside: float) -> Array:
-    """``(frames, x, y, z)`` with the brain's smallest value outside (costs no bytes)."""
-    out = np.full((len(rows), *mask.shape), outside, rows.dtype)
-    out[:, mask] = rows
+def _dense(row: Array, mask: Array, outside: float) -> Array:
+    """``(x, y, z)`` with the brain's smallest value outside (costs no bytes)."""
+    out = np.full(mask.shape, outside, row.dtype)
+    out[mask] = row
     return out
 
 
-def _write_bold(group: h5py.Group, frames: Array, kind: str, dense: bool) -> None:
+def _create_bold(group: h5py.Group, rows: Array, mask: Array, dense: bool) -> h5py.Dataset:
     if dense:
         bold = group.create_dataset(
             "bold",
-            data=frames,
-            chunks=(1, *frames.shape[1:]),
+            (len(rows), *mask.shape),
+            rows.dtype,
+            chunks=(1, *mask.shape),
             compression="gzip",
             compression_opts=1,
         )
         bold.attrs["long_name"] = np.bytes_("BOLD = offset + scale * bold, inside mask_runs")
-    else:
-        bold = group.create_dataset("bold", data=frames, dtype=DTYPES[kind])
-        bold.attrs["long_name"] = np.bytes_("BOLD = offset + scale * bold[:, :n_vox]")
+        return bold
+    bold = group.create_dataset("bold", rows.shape, rows.dtype)
+    bold.attrs["long_name"] = np.bytes_("BOLD = offset + scale * bold[:, :n_vox]")
+    return bold

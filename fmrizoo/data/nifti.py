@@ -237,11 +237,12 @@ def read_events(path: Path | None, dropped: float) -> list[dict[str, str | float
     for line, record in enumerate(records(table), start=2):
         row: dict[str, str | float] = {k: v for k, v in record.items() if v}
         try:
-            row["onset"] = float(record["onset"]) - dropped
-            row["duration"] = float(record.get("duration") or 0)
+            onset, duration = float(record["onset"]), float(record.get("duration") or 0)
+            if not math.isfinite(onset + duration):
+                raise ValueError("not finite")
         except ValueError:
             raise DataError(f"{path} line {line}: onset or duration is not a number") from None
-        rows.append(row)
+        rows.append({**row, "onset": onset - dropped, "duration": duration})
     return rows
 
 

@@ -18,9 +18,10 @@ from typing import Any
 
 from fmrizoo.config import PrepareConfig
 from fmrizoo.data.bids import RunFile, find_runs
+from fmrizoo.data.confounds import check_strategy
 from fmrizoo.data.files import PART, write_atomic
 from fmrizoo.data.hdf5 import SubjectWriter
-from fmrizoo.data.process import fingerprint, process
+from fmrizoo.data.process import fingerprint, process, settings_of
 from fmrizoo.data.reader import RunReader
 from fmrizoo.data.sample import resolve_source
 from fmrizoo.data.store import INDEX, PARTICIPANTS, read_index, write_index
@@ -109,6 +110,8 @@ def prepare(
         DataError: nothing to prepare, runs that cannot be used (all are listed; nothing is
             published), a store made with other settings, a full or read-only disk.
     """
+    if config.confounds is not None:
+        check_strategy(config.confounds)
     folder = resolve_source(source)
     runs = find_runs(folder, config)
     job = _Job(out, config, PrepareReport(out), len(runs), on_progress)
@@ -125,6 +128,10 @@ def prepare(
             staged += moved
         _check_bad(job.report, skip_bad)
         _publish(out, folder, entries, staged)
+        kept_files = {e["file"] for e in entries}
+        for name in sorted({e["file"] for e in old.values()} - kept_files):
+            log.warning("%s has no usable run any more and is removed", out / name)
+            (out / name).unlink(missing_ok=True)
     return job.report
 
 
@@ -297,7 +304,7 @@ def _existing(out: Path, runs: list[RunFile], config: PrepareConfig) -> dict[str
         log.warning("%s; it is built anew", error)
         return {}
     asked = {str(run.key) for run in runs}
-    settings = fingerprint_settings(config)
+    settings = settings_of(config)
     for name, entry in entries.items():
         theirs = entry["fingerprint"]["settings"]
         if name not in asked and theirs != settings:
@@ -307,13 +314,6 @@ def _existing(out: Path, runs: list[RunFile], config: PrepareConfig) -> dict[str
                 f"call does not renew it: give another folder for the store"
             )
     return entries
-
-
-def fingerprint_settings(config: PrepareConfig) -> dict[str, Any]:
-    """The settings that change a run's stored bytes."""
-    from fmrizoo.data.process import settings_of
-
-    return settings_of(config)
 
 
 def _check_space(out: Path, needed: int) -> None:
@@ -329,7 +329,10 @@ def _publish(out: Path, source: Path, entries: list[dict[str, Any]], staged: lis
     """Move the staged subjects in place and write the index, last."""
     from fmrizoo import __version__
 
-    participants = (source if source.is_dir() else source.parent) / PARTICIPANTS
+    folder = source if source.is_dir() else source.parent
+    participants = folder / PARTICIPANTS
+    if not participants.is_file() and folder.parent.name == "derivatives":
+        participants = folder.parent.parent / PARTICIPANTS  # fMRIPrep leaves it in the raw folder
     try:
         for name in staged:
             os.replace(out / STAGING / name, out / name)

@@ -125,19 +125,23 @@ def _resample(
     data: Array, affine: Affine, target: Affine, shape: tuple[int, ...], nearest: bool
 ) -> Array:
     from nilearn.image import resample_img
+    from nilearn.image.resampling import BoundingBoxError
 
     kind = np.uint8 if data.dtype == bool else np.float32
     image = as_image(data.astype(kind), affine)
-    moved = resample_img(
-        image,
-        target_affine=target,
-        target_shape=shape,
-        interpolation="nearest" if nearest else "continuous",
-        fill_value=0,
-        clip=False,  # a limit taken over all frames would make a frame depend on the others
-        force_resample=True,
-        copy_header=True,
-    )
+    try:
+        moved = resample_img(
+            image,
+            target_affine=target,
+            target_shape=shape,
+            interpolation="nearest" if nearest else "continuous",
+            fill_value=0,
+            clip=False,  # a limit taken over all frames would make a frame depend on the others
+            force_resample=True,
+            copy_header=True,
+        )
+    except BoundingBoxError:  # no overlap: all of it is outside
+        return np.zeros((*shape, *data.shape[3:]), data.dtype)
     return np.asarray(moved.dataobj, dtype=kind).astype(data.dtype, copy=False)
 
 

@@ -126,7 +126,7 @@ def write_index(path: Path, entries: Sequence[Mapping[str, Any]], code_version: 
     runs = sorted((dict(e) for e in entries), key=lambda e: str(e["name"]))
     body: dict[str, Any] = {"schema": SCHEMA, "code_version": code_version, "runs": runs}
     body["sha256"] = index_checksum(body)
-    write_atomic(path / INDEX, json.dumps(body, indent=1, allow_nan=False).encode() + b"\n")
+    write_atomic(path / INDEX, canonical(body) + b"\n")
 
 
 def read_index(path: Path) -> list[dict[str, Any]]:
@@ -158,7 +158,7 @@ class Store:
 
     Args:
         path: Folder that ``prepare`` wrote.
-        cache: Runs kept open (each holds about 9 bytes per brain voxel); the least recently
+        cache: Runs kept open (each holds some 30 bytes per brain voxel); the least recently
             used is closed once nothing reads from it any more.
 
     Raises:
@@ -166,7 +166,7 @@ class Store:
         CorruptStoreError: the index is damaged.
     """
 
-    def __init__(self, path: str | Path, cache: int = 64) -> None:
+    def __init__(self, path: str | Path, cache: int = 32) -> None:
         self.path = Path(path)
         self._entries = {e["name"]: e for e in read_index(self.path)}
         self.runs: tuple[RunInfo, ...] = tuple(map(RunInfo.from_entry, self._entries.values()))

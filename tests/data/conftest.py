@@ -58,7 +58,7 @@ class Tree:
         run: str = "1",
         data: np.ndarray | None = None,
         *,
-        mask: np.ndarray | None | bool = True,
+        mask: np.ndarray | bool | None = True,
         sidecar: dict[str, Any] | None = None,
         img: nib.Nifti1Image | None = None,
         events: str | None = None,

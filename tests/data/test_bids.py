@@ -89,7 +89,9 @@ def test_raw_runs_are_in_no_standard_space() -> None:
 
 
 def test_selection(tmp_path: Path) -> None:
-    touch(tmp_path, *(f"sub-0{s}/func/sub-0{s}_task-a_run-{r}_bold.nii" for s in "12" for r in "12"))
+    touch(
+        tmp_path, *(f"sub-0{s}/func/sub-0{s}_task-a_run-{r}_bold.nii" for s in "12" for r in "12")
+    )
     chosen = find_runs(tmp_path, PrepareConfig(space="native", select={"sub": "2", "run": "01"}))
     assert [str(r.key) for r in chosen] == ["sub-02_task-a_run-2".replace("run-2", "run-1")]
     with pytest.raises(DataError, match="none of the 4 runs"):

@@ -88,7 +88,9 @@ def test_event_clips_that_leave_the_run(sample_store: Store) -> None:
 def test_columns_and_labels(
     tree: Any, made: Callable[..., Store], caplog: pytest.LogCaptureFixture
 ) -> None:
-    tree.add(events="onset\tduration\ttrial_type\tscore\n0\t1\ta\t1.5\n6\t1\tn/a\tn/a\n8\t1\tb\tx\n")
+    tree.add(
+        events="onset\tduration\ttrial_type\tscore\n0\t1\ta\t1.5\n6\t1\tn/a\tn/a\n8\t1\tb\tx\n"
+    )
     store = made(tree.root)
     three = config(clip_frames=3)
     table = ClipTable.labelled(store, store.runs, three, TaskConfig(lag=0))

@@ -1,4 +1,4 @@
-"""The loader: right voxels, every clip once an epoch, the same for any threads, ranks and resume."""
+"""The loader: right voxels, each clip once an epoch, the same for any threads, ranks, resume."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_world_size_does_not_change_the_global_batches(world: int, sample_store:
         take(Loader(clips, DataConfig(), 8 // world, rank=r, world=world, seed=3), 10)
         for r in range(world)
     ]
-    together = [sum((rank[m] for rank in ranks), []) for m in range(10)]
+    together = [list(itertools.chain.from_iterable(rank[m] for rank in ranks)) for m in range(10)]
     assert together == alone
 
 
@@ -137,9 +137,7 @@ def test_epoch_is_the_table_in_order(world: int, sample_store: Store) -> None:
         sizes = [len(b) for b in loader.epoch()]
         assert all(s == 7 for s in sizes[:-1]) and 1 <= sizes[-1] <= 7
         found += [(s.run, s.start) for b in loader.epoch() for s in b.samples]
-    assert found == [
-        (clips.runs[r].name, s) for r, s in zip(clips.run, clips.start, strict=True)
-    ]
+    assert found == [(clips.runs[r].name, s) for r, s in zip(clips.run, clips.start, strict=True)]
 
 
 def test_more_ranks_than_clips(sample_store: Store) -> None:

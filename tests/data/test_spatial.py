@@ -1,4 +1,4 @@
-"""Where voxels go: known affines, exact copies where lattices coincide, a blob by its millimetres."""
+"""Where voxels go: known affines, exact copies on equal lattices, a blob by its millimetres."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_coinciding_lattices_are_copied_bit_for_bit(
 @pytest.mark.parametrize("orientation", ["RAS", "LPS"])
 def test_resampling_keeps_a_blob_at_its_millimetres(orientation: str) -> None:
     angle = 0.3
-    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    turn = np.array(
+        [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]]
+    )
     affine = np.eye(4)
     affine[:3, :3] = turn * 3.0
     affine[:3, 3] = [-30, -70, -30]
@@ -72,7 +74,11 @@ def test_resampling_keeps_a_blob_at_its_millimetres(orientation: str) -> None:
     center = world.reshape(-1, 3).mean(0)
     blob = np.exp(-((world - center) ** 2).sum(-1) / (2 * 10.0**2)).astype(np.float32)
     config = PrepareConfig(
-        **MNI, grid=[40, 42, 44], voxel_size=[2, 2, 2], center=center.tolist(), orientation=orientation
+        **MNI,
+        grid=[40, 42, 44],
+        voxel_size=[2, 2, 2],
+        center=center.tolist(),
+        orientation=orientation,
     )
     moved, target = place(np.stack([blob, 2 * blob], -1), affine, config)
     assert moved.shape == (40, 42, 44, 2)

@@ -75,7 +75,14 @@ def test_windows_and_strides(
 
 def test_frames_outside_the_run_are_refused(sample_store: Store) -> None:
     reader = sample_store.open(sample_store.runs[0])
-    for start, n, stride in [(-1, 2, 1), (0, 122, 1), (120, 2, 1), (0, 42, 3), (0, 0, 1), (0, 1, 0)]:
+    for start, n, stride in [
+        (-1, 2, 1),
+        (0, 122, 1),
+        (120, 2, 1),
+        (0, 42, 3),
+        (0, 0, 1),
+        (0, 1, 0),
+    ]:
         with pytest.raises(DataError, match="121 frames"):
             reader.read_compact(start, n, stride)
     with pytest.raises(ValueError, match="C-contiguous"):
@@ -321,7 +328,7 @@ def test_an_unfinished_file_is_refused(copy: Path) -> None:
 
 def test_the_index_is_checked(copy: Path, tmp_path: Path) -> None:
     text = (copy / "index.json").read_text()
-    (copy / "index.json").write_text(text.replace('"tr": 2.5', '"tr": 2.4', 1))
+    (copy / "index.json").write_text(text.replace('"tr":2.5', '"tr":2.4', 1))
     with pytest.raises(CorruptStoreError, match="checksum"):
         Store(copy)
     (copy / "index.json").write_text(text[: len(text) // 2])
