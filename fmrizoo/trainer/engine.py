@@ -113,6 +113,22 @@ def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[
     return config
 
 
+def set_checkpointing(model: nn.Module, mode: str) -> None:
+    """Tell the backbone (or a model without one) to recompute activations in the backward pass.
+
+    Raises:
+        RecipeError: it cannot, and ``mode`` is not ``none``.
+    """
+    backbone = getattr(model, "backbone", model)
+    if callable(switch := getattr(backbone, "set_checkpointing", None)):
+        switch(mode)
+    elif mode != "none":
+        raise RecipeError(
+            f"train.checkpointing={mode} but {type(backbone).__name__} cannot recompute "
+            f"activations; use train.checkpointing=none"
+        )
+
+
 class Engine:
     """DeepSpeed around ``model``, which it changes in place (dtype, and at stage 3 partitioning).
 

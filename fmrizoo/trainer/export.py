@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fmrizoo import __version__
 from fmrizoo.errors import CheckpointError, FmrizooError
-from fmrizoo.trainer.files import publish, sha256, write_json
+from fmrizoo.trainer.files import publish, sha256, write_json, writing
 from fmrizoo.types import Contract, TaskSpec
 
 WEIGHTS = "model.safetensors"
@@ -94,9 +94,10 @@ def save_model(folder: Path, model: nn.Module | Mapping[str, Tensor], info: Mode
 
     Returns:
         The completed info.
-    """
-    from dataclasses import replace
 
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
     from safetensors.torch import save_file
 
     state = model.state_dict() if isinstance(model, nn.Module) else model
@@ -106,12 +107,13 @@ def save_model(folder: Path, model: nn.Module | Mapping[str, Tensor], info: Mode
         count = sum(p.numel() for p in model.parameters())
     else:
         count = info.parameters or sum(t.numel() for t in tensors.values())
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{WEIGHTS}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    done = replace(info, parameters=count, sha256=sha256(temporary))
-    publish(temporary, folder / WEIGHTS)
-    write_json(folder / CONFIG, done.to_dict())
+    with writing("the model", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        done = replace(info, parameters=count, sha256=sha256(temporary))
+        publish(temporary, folder / WEIGHTS)
+        write_json(folder / CONFIG, done.to_dict())
     return done
 
 

@@ -5,8 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from fmrizoo.errors import CheckpointError
+
+
+@contextmanager
+def writing(what: str, path: Path) -> Iterator[None]:
+    """Turn a failed write (full disk, read-only folder) into one sentence.
+
+    Raises:
+        CheckpointError: in place of an OSError, or of a RuntimeError, which is what torch.save
+            makes of a full disk.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write {what} to {path}: {error}. Checkpoints written before are untouched; "
+            f"make room or choose another folder, and run the same command again"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

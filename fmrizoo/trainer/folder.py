@@ -19,7 +19,7 @@ from yaml import YAMLError
 from fmrizoo.config import Recipe, to_dict, to_yaml
 from fmrizoo.errors import CheckpointError, RecipeError
 from fmrizoo.trainer.device import World, environment
-from fmrizoo.trainer.files import sync_file, write_json, write_text
+from fmrizoo.trainer.files import sync_file, write_json, write_text, writing
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +100,10 @@ class RunFolder:
 
     def write_start(self, recipe: Recipe, facts: Mapping[str, Any]) -> None:
         """Write recipe.yaml and env.json (versions, machine, and ``facts`` about this start)."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text(self.recipe, to_yaml(recipe))
-        write_json(self.path / "env.json", {**environment(), "git": git_commit(), **facts})
+        with writing("recipe.yaml and env.json", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.recipe, to_yaml(recipe))
+            write_json(self.path / "env.json", {**environment(), "git": git_commit(), **facts})
 
     def finished(self, steps: int) -> bool:
         """True where the exported model stands behind all ``steps``."""
@@ -153,8 +154,9 @@ class MetricsFile:
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one line, visible to readers at once; a value that is not finite becomes null."""
         plain = {k: None if _undefined(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing("metrics", self.path):
+            self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Make the lines so far survive a power cut (before a checkpoint that counts on them)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,10 +16,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmrizoo.config import to_dict
-from fmrizoo.errors import CheckpointError, FmrizooError, RecipeError, TrainingError
+from fmrizoo.errors import CheckpointError, FmrizooError, TrainingError
 from fmrizoo.trainer import checkpoint
 from fmrizoo.trainer.checkpoint import RunState
 from fmrizoo.trainer.device import (
@@ -28,8 +29,9 @@ from fmrizoo.trainer.device import (
     seed_everything,
     set_rng_state,
 )
-from fmrizoo.trainer.engine import Engine, micro_batch
+from fmrizoo.trainer.engine import Engine, micro_batch, set_checkpointing
 from fmrizoo.trainer.export import ModelInfo, save_model
+from fmrizoo.trainer.files import writing
 from fmrizoo.trainer.folder import MetricsFile, RunFolder, describe, read_metrics, recipe_hash
 from fmrizoo.trainer.inputs import BatchStream as BatchStream
 from fmrizoo.trainer.inputs import CompactSamples
@@ -129,7 +131,7 @@ class _Run:
     def start(self) -> None:
         """Engine, checkpoint, folder: everything before the first step."""
         model = self.inputs.model
-        _set_checkpointing(model, self.cfg.checkpointing)
+        set_checkpointing(model, self.cfg.checkpointing)
         self.engine = Engine(model, self.cfg, self.world, self.device)
         self._resume()
         if self.world.main:
@@ -307,26 +309,30 @@ class _Run:
         assert self.engine is not None
         partial = checkpoint.partial_folder(self.folder.checkpoints, self.step)
         try:
-            if self.world.main:
-                partial.mkdir(parents=True)
-                cast(MetricsFile, self.metrics).sync()
-            dist.barrier()
-            self.engine.save(partial)
-            torch.save(rng_state(self.device), partial / _rng_name(self.world.rank))
-            dist.barrier()
-            if self.world.main:
-                micro = self.step * self.cfg.accumulate
-                state = RunState(
-                    self.step, micro, self.world.size, self._seconds(), self.hash, self.best
-                )
-                checkpoint.seal(self.folder.checkpoints, state, self.cfg.keep)
-            dist.barrier()
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"cannot write the checkpoint of step {self.step} to {self.folder.checkpoints}: "
-                f"{error}. Earlier checkpoints are untouched; free some space and run again"
-            ) from error
+            with writing(f"the checkpoint of step {self.step}", self.folder.checkpoints):
+                self._write_checkpoint(partial)
+        except CheckpointError:
+            # What is there of it only takes the room that the next attempt needs.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         self.saved_at = self.step
+
+    def _write_checkpoint(self, partial: Path) -> None:
+        assert self.engine is not None
+        if self.world.main:
+            partial.mkdir(parents=True)
+            cast(MetricsFile, self.metrics).sync()
+        dist.barrier()
+        self.engine.save(partial)
+        torch.save(rng_state(self.device), partial / _rng_name(self.world.rank))
+        dist.barrier()
+        if self.world.main:
+            micro = self.step * self.cfg.accumulate
+            state = RunState(
+                self.step, micro, self.world.size, self._seconds(), self.hash, self.best
+            )
+            checkpoint.seal(self.folder.checkpoints, state, self.cfg.keep)
+        dist.barrier()
 
     def export(self) -> None:
         """Write ``model/`` (all ranks gather, rank 0 writes)."""
@@ -389,15 +395,3 @@ def _rng_name(rank: int) -> str:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _set_checkpointing(model: nn.Module, mode: str) -> None:
-    """Tell the backbone to recompute activations in the backward pass."""
-    backbone = getattr(model, "backbone", model)
-    if callable(switch := getattr(backbone, "set_checkpointing", None)):
-        switch(mode)
-    elif mode != "none":
-        raise RecipeError(
-            f"train.checkpointing={mode} but {type(backbone).__name__} cannot recompute "
-            f"activations; use train.checkpointing=none"
-        )

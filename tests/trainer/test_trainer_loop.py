@@ -292,8 +292,38 @@ def test_full_disk_at_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         patch.setattr(loop.checkpoint, "seal", full)
         with pytest.raises(CheckpointError, match=r"checkpoint of step 6 .*No space left"):
             train(inputs(tmp_path))
-    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "model").exists() and not list((tmp_path / "checkpoints").iterdir())
     assert train(inputs(tmp_path)).step == 6
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write recipe\.yaml and env\.json to"):
+        train(inputs(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_lost_export_is_made_again(tmp_path: Path, stage: int) -> None:
+    """A crash between the last checkpoint and the export costs no step."""
+    train(inputs(tmp_path, zero_stage=stage))
+    first, _ = read_model(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    done = train(inputs(tmp_path, zero_stage=stage))
+    assert done.resumed_from == done.step == 6 and not done.already_finished
+    again, _ = read_model(tmp_path / "model")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path, stage: int) -> None:
+    """The code changed under the recipe's feet."""
+    killed_after(tmp_path, 3, save_every=2, zero_stage=stage)
+    other = tiny(0.3)
+    other.backbone.hidden = nn.Linear(6, 24)
+    other.backbone.out = nn.Linear(24, 6)
+    given = inputs(tmp_path, dropout=0.3, save_every=2, zero_stage=stage)
+    with pytest.raises(CheckpointError, match="step-000002 does not fit this model"):
+        train(replace(given, model=other))
 
 
 def test_frozen_encoder_is_exported_unrounded(tmp_path: Path) -> None:

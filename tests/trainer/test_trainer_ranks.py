@@ -21,11 +21,13 @@ from trainer_tiny import (
     Slope,
     Slopes,
     TinyStream,
+    clips,
     inputs,
     on_ranks,
     reference,
     rows,
     timeless,
+    tiny,
     train_config,
 )
 
@@ -93,6 +95,15 @@ def trouble(world: World, out: str) -> dict[str, Any]:
 
     stopped = train(replace(inputs(root / "signal", world=world), on_step=ask))
     told["signal"] = (stopped.interrupted, stopped.step)
+
+    def validate(model: torch.nn.Module, device: torch.device) -> dict[str, float]:
+        loss, _ = model(clips(1000, 4))
+        return {"loss": float(loss.detach())}
+
+    told["plain"] = train(inputs(root / "plain", world=world, zero_stage=3)).metrics["loss"]
+    checked = inputs(root / "checked", world=world, zero_stage=3, validate_every=3)
+    done = train(replace(checked, validate=validate))
+    told["checked"] = (done.metrics["loss"], done.validation, done.best_validation)
     told["recipe"] = message(world, inputs(root / "signal", world=world, lr=0.5))
     (root / "signal" / "checkpoints" / "step-000003" / "state.json").unlink(missing_ok=True)
     told["torn"] = message(world, inputs(root / "signal", world=world))
@@ -161,6 +172,20 @@ def test_nan_on_one_rank_stops_both(troubled: tuple[Path, list[dict[str, Any]]])
 def test_signal_to_one_rank_stops_both(troubled: tuple[Path, list[dict[str, Any]]]) -> None:
     _, told = troubled
     assert [t["signal"] for t in told] == [(True, 3), (True, 3)]
+
+
+def test_validation_between_steps_at_stage_3(
+    troubled: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    out, told = troubled
+    weights, _ = read_model(out / "checked" / "model")
+    model = tiny()
+    model.load_state_dict(weights)
+    want = float(model(clips(1000, 4))[0].detach())
+    for rank in told:
+        loss, last, best = rank["checked"]
+        assert loss == rank["plain"]
+        assert last["loss"] == pytest.approx(want, abs=1e-6) and best["loss"] <= last["loss"]
 
 
 def test_errors_of_rank_zero_reach_both(troubled: tuple[Path, list[dict[str, Any]]]) -> None:
