@@ -99,9 +99,9 @@ def discover(env: Mapping[str, str] | None = None) -> World:
         world_size = _number(env, size)
         if launcher == "SLURM" and "SLURM_STEP_NUM_TASKS" in env:
             world_size = _number(env, "SLURM_STEP_NUM_TASKS")
-        if world_size == 1 and _number(env, rank) == 0:
-            return World()
         local = next((name for name in locals_ if name in env), None)
+        if world_size == 1 and _number(env, rank) == 0:
+            return World(local_rank=_number(env, local) if local else 0)
         if local is None:
             raise TrainingError(
                 f"{launcher} gave {rank} and {size} but none of {', '.join(locals_)}: "

@@ -139,6 +139,12 @@ def test_a_shell_in_an_allocation_is_one_process(caplog: pytest.LogCaptureFixtur
     assert "start the command with srun" in caplog.text
 
 
+def test_a_job_of_one_process_is_a_single_process() -> None:
+    env = {"RANK": "0", "WORLD_SIZE": "1"}
+    assert discover(env) == World()
+    assert discover({**env, "LOCAL_RANK": "1"}) == World(local_rank=1)  # picks the second GPU
+
+
 def test_a_step_smaller_than_the_job() -> None:
     env = {**SRUN, "SLURM_STEP_NUM_TASKS": "7"}
     assert discover(env).size == 7
