@@ -18,7 +18,17 @@ from fmrizoo.report import figures, pictures, sections
 from fmrizoo.report.collect import Evidence, Run, collect
 from fmrizoo.report.figures import Image
 from fmrizoo.report.reconstruction import fill_errors
-from fmrizoo.report.words import CHANCE, LABELS, TaskReport, number, plus_minus, task_reports
+from fmrizoo.report.words import (
+    CHANCE,
+    LABELS,
+    Pair,
+    TaskReport,
+    grouped,
+    number,
+    plus_minus,
+    signed,
+    task_reports,
+)
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +78,7 @@ class PictureSection:
     slices: Image
     courses: Image
     errors: tuple[tuple[str, str, bool], ...]
+    sides: str
     share: str
     says: str
 
@@ -158,7 +169,34 @@ def _task(report: TaskReport) -> dict[str, Any]:
         "figure": figures.dots(report) if scored else None,
         "chance": number(report.chance) if report.chance is not None else None,
         "spreads": _spread_words(scored),
+        "pairs": [_pair(p) for p in report.verdict.pairs],
+        "over": _resampled(report),
     }
+
+
+def _pair(pair: Pair) -> dict[str, str]:
+    gap = pair.gap
+    return {
+        "question": pair.question,
+        "names": f"{pair.first.name} − {pair.second.name}",
+        "gap": signed(gap.mean) if gap else "–",
+        "interval": f"{signed(gap.low)} to {signed(gap.high)}" if gap else "–",
+        "answer": pair.answer,
+    }
+
+
+def _resampled(report: TaskReport) -> str:
+    """What the intervals were drawn over."""
+    gap = next((p.gap for p in report.verdict.pairs if p.gap), None)
+    if gap is None:
+        return ""
+    what = "mean absolute error" if report.task.kind == "regression" else "share correct"
+    drawn = "single units" if gap.group == "unit" else f"whole {gap.group}s ({gap.n_groups})"
+    return (
+        f"Difference in {what} on the {gap.n_units} test units that both predicted, seeds "
+        f"averaged; 95 % interval of a bootstrap that draws {drawn}. It speaks about other test "
+        "units of this kind, not about other people or data sets."
+    )
 
 
 def _best_value(scored: Sequence[Row], metric: str) -> float | None:
@@ -174,7 +212,8 @@ def _line(row: Row, best: dict[str, float | None], primary: str) -> Line:
         s = row.spreads[m]
         # Two rows that print the same number are both the best, whatever their hidden digits.
         wins = s is not None and top is not None and number(s.mean) == number(top)
-        cells.append(Cell(plus_minus(s), wins and row.name != CHANCE))
+        text = plus_minus(s) if row.name != CHANCE or s is None else number(s.mean)
+        cells.append(Cell(text, wins and row.name != CHANCE))
     tags = []
     if row.init:
         tags.append("pretrained" if row.init == "pretrained" else "random start")
@@ -192,7 +231,7 @@ def _line(row: Row, best: dict[str, float | None], primary: str) -> Line:
         cells=tuple(cells),
         seeds=f"{row.n_seeds} × {row.n_folds}" if row.n_units else "–",
         units=str(row.n_units) if row.n_units else "–",
-        trained=f"{p.trainable:,}".replace(",", "\u202f") if p else "–",
+        trained=grouped(p.trainable) if p else "–",
         note="; ".join((*row.notes, *gaps)),
         chance=row.name == CHANCE,
     )
@@ -203,11 +242,11 @@ def _spread_words(scored: Sequence[Row]) -> str:
     if kinds == {"seeds"}:
         return "± is the sample standard deviation over seeds, folds averaged within each seed."
     if kinds == {"folds"}:
-        return "± is the sample standard deviation over folds: every row has one seed only."
+        return "† ± is the sample standard deviation over folds: every row has one seed only."
     if kinds:
         return (
-            "± is the sample standard deviation over seeds, folds averaged within each seed; for "
-            "rows with one seed it is over folds, and then larger: the two do not compare."
+            "± is the sample standard deviation over seeds, folds averaged within each seed; "
+            "† with a single seed it is over folds, and then larger: the two do not compare."
         )
     return "Without repetitions there is no ±."
 
@@ -227,10 +266,11 @@ def _picture(run: Run) -> PictureSection | None:
         f"without a model ({rival}): {ratio:.2f} times its error."
     )
     share = picture.hidden.sum() / (picture.brain.sum() * picture.truth.shape[-1])
-    orientation = str(run.contract.get("orientation") or "RAS")
+    orientation = str(run.contract.get("orientation", ""))
     return PictureSection(
         label=run.label,
-        slices=pictures.slices(picture, orientation),
+        slices=pictures.slices(picture),
+        sides=pictures.sides(picture, orientation) if orientation else "",
         courses=pictures.courses(picture),
         errors=tuple((name, number(e), e == best) for name, e in errors.items()),
         share=f"{100 * share:.0f} %",

@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fmrizoo.report.figures import INK, MUTED, RULE, VERMILLION, WIDTH, Image, png, style, svg
+from fmrizoo.report.figures import INK, RULE, VERMILLION, WIDTH, Image, png, style, svg
 from fmrizoo.report.reconstruction import Picture
 
 Array = NDArray[Any]
 HIDDEN = "#cbd2d9"  # what the model was not shown; no colour of either map
-_ENDS = {"R": "L", "L": "R", "A": "P", "P": "A", "S": "I", "I": "S"}
+_SIDES = {
+    "R": "the subject's right",
+    "L": "the subject's left",
+    "A": "front",
+    "P": "back",
+    "S": "top",
+    "I": "bottom",
+}
 _PLANES = ("sagittal", "coronal", "axial")
 
 
@@ -34,9 +41,7 @@ class _View:
 
 def _views(picture: Picture, rows: int = 4) -> list[_View]:
     """Slices at even distances through the hidden brain; for a single slice, frames instead."""
-    sizes = picture.brain.shape
-    # Across z unless the data are one slice in another plane.
-    axis = 2 if sizes[2] == 1 or min(sizes) > 1 else int(np.argmin(sizes))
+    axis, sizes = _axis(picture), picture.brain.shape
     per_frame = picture.hidden.sum((0, 1, 2))
     others = tuple(a for a in range(4) if a not in (axis, 3))
     if sizes[axis] == 1:
@@ -46,6 +51,12 @@ def _views(picture: Picture, rows: int = 4) -> list[_View]:
     area = picture.hidden.sum(others)[:, frame]
     slices = np.flatnonzero(area * 3 >= area.max())
     return [_View(axis, int(s), frame) for s in _even(slices, rows)][::-1]
+
+
+def _axis(picture: Picture) -> int:
+    """Across z, unless the data are one slice in another plane."""
+    sizes = picture.brain.shape
+    return 2 if sizes[2] == 1 or min(sizes) > 1 else int(np.argmin(sizes))
 
 
 def _even(values: Array, n: int) -> Array:
@@ -78,13 +89,8 @@ def _colors(picture: Picture) -> _Colors:
     return _Colors("RdBu_r" if centred else "gray", low, high, max(error, 1e-9))
 
 
-def slices(picture: Picture, orientation: str = "RAS") -> Image:
-    """Rows of slices or frames; columns recorded, shown to the model, filled in, error.
-
-    Args:
-        picture: The clip.
-        orientation: Axis codes of the array, for the letters at the panels' edges.
-    """
+def slices(picture: Picture) -> Image:
+    """Rows of slices or frames; columns recorded, shown to the model, filled in, error."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -109,7 +115,6 @@ def slices(picture: Picture, orientation: str = "RAS") -> Image:
         titles = ("recorded", "shown to the model", "filled in", "error (filled in − recorded)")
         for a, title in zip(grid[0], titles, strict=True):
             a.set_title(title, fontsize=9, fontweight="normal", loc="center")
-        _letters(grid[0][0], orientation, across, up)
         bars: dict[str, Any] = {
             "orientation": "horizontal",
             "aspect": 30,
@@ -193,24 +198,17 @@ def _name(view: _View, picture: Picture) -> str:
     return f"{_PLANES[view.axis]} {view.slice + 1}"
 
 
-def _letters(axes: Any, orientation: str, across: int, up: int) -> None:
-    right, top = orientation[across], orientation[up]
-    for x, y, letter in (
-        (0.0, 0.5, _ENDS[right]),
-        (1.0, 0.5, right),
-        (0.5, 0.0, _ENDS[top]),
-        (0.5, 1.0, top),
-    ):
-        axes.annotate(
-            letter,
-            (x, y),
-            xycoords="axes fraction",
-            fontsize=8,
-            color=MUTED,
-            ha="center",
-            va="center",
-            bbox={"boxstyle": "circle,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.85},
-        )
+def sides(picture: Picture, orientation: str) -> str:
+    """Which side of the subject is where in the panels, in words.
+
+    Args:
+        picture: The clip.
+        orientation: Axis codes of the array, ``RAS`` = right, anterior and superior grow.
+    """
+    across, up = (a for a in range(3) if a != _axis(picture))
+    return (
+        f"Right in the picture is {_SIDES[orientation[across]]}, up is {_SIDES[orientation[up]]}."
+    )
 
 
 def courses(picture: Picture) -> Image:

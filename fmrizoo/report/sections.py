@@ -8,7 +8,7 @@ from typing import Any
 from fmrizoo.report import figures
 from fmrizoo.report.collect import Evidence, Run
 from fmrizoo.report.figures import Curve, Image
-from fmrizoo.report.words import TaskReport
+from fmrizoo.report.words import TaskReport, grouped
 
 
 def curves(evidence: Evidence) -> list[tuple[str, Image]]:
@@ -90,7 +90,7 @@ def data(evidence: Evidence) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
                 str(len({p.subject for r in runs for p in r.predictions}) or "none"),
             ),
         )
-        label = f"{len(runs)} training run{'s' if len(runs) > 1 else ''}"
+        label = f"Preprocessing behind {len(runs)} run folder{'s' if len(runs) > 1 else ''}"
         found.append((label, (*rows, *extra)))
     return found
 
@@ -112,7 +112,7 @@ def methods(evidence: Evidence, tasks: Sequence[TaskReport]) -> list[str]:
         said.append(
             f"Pretraining {run.label}: backbone {_name(r.get('backbone'))}, objective "
             f"{_name(r.get('objective'))}"
-            + (f", {size:,} parameters".replace(",", "\u202f") if size else "")
+            + (f", {grouped(size)} parameters" if size else "")
             + f"; {train.get('steps', '?')} steps of {train.get('batch_size', '?')} clips with "
             f"AdamW, peak learning rate {train.get('lr', '?')}, linear warm-up and cosine decay, "
             f"{train.get('precision', '?')}. It saw no labels."

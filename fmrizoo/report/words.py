@@ -28,13 +28,35 @@ class Verdict:
 
     Attributes:
         headline: One sentence.
-        details: Further sentences (intervals, what pretraining brought).
+        detail: The scores behind it.
+        pairs: Paired differences: model against baseline, pretrained against random weights.
         short: One line for a terminal.
     """
 
     headline: str
-    details: tuple[str, ...]
+    detail: str
+    pairs: tuple[Pair, ...]
     short: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two rows compared; ``gap`` is None where no unit was predicted by both."""
+
+    question: str
+    first: Row
+    second: Row
+    gap: Difference | None
+
+    @property
+    def answer(self) -> str:
+        """``yes``, ``no`` or ``not clear``: is the first better on these test units?"""
+        if self.gap is None:
+            return "cannot be said: no paired predictions"
+        if not self.gap.clear:
+            return "not clear: the interval includes 0"
+        better = self.gap.mean < 0 if self.first.task.kind == "regression" else self.gap.mean > 0
+        return "yes" if better else "no, it is worse"
 
 
 @dataclass(frozen=True)
@@ -64,11 +86,22 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
+def grouped(count: int) -> str:
+    """``1 234 567`` with narrow no-break spaces."""
+    return f"{count:,}".replace(",", "\u202f")
+
+
 def plus_minus(s: Spread | None) -> str:
-    """``0.583 ± 0.021``; without a spread where there is one repetition."""
+    """``0.583 ± 0.021``, with a dagger where ± is over folds; the mean alone for one result."""
     if s is None:
         return "–"
-    return number(s.mean) + ("" if s.std is None else f" ± {number(s.std)}")
+    dagger = "†" if s.over == "folds" else ""
+    return number(s.mean) + ("" if s.std is None else f" ± {number(s.std)}{dagger}")
+
+
+def signed(value: float) -> str:
+    """``+0.120``."""
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def units(task: TaskInfo, n: int) -> str:
@@ -124,84 +157,64 @@ def _verdict(
     model, baseline = _best(models), _best(baselines)
     if model is None or baseline is None:
         return _one_sided(task, model, baseline)
-    gap = _compare(model, baseline, evidence)
+    pair = Pair(
+        "the best model against the best baseline",
+        model,
+        baseline,
+        _compare(model, baseline, evidence),
+    )
     a, b = model.primary, baseline.primary
     assert a is not None
     assert b is not None
     ahead = a.mean > b.mean
     winner, loser = (model, baseline) if ahead else (baseline, model)
-    who = "the best model" if ahead else "a baseline"
-    sure = gap is not None and gap.clear and (_gain(gap, task) > 0) == ahead
+    kind = "model" if ahead else "baseline"
     if a.mean == b.mean:
-        headline = f"The best model ({model.name}) and the best baseline ({baseline.name}) tie"
-    elif sure:
-        headline = f"{who.capitalize()} wins: {winner.name} is ahead of {loser.name}"
+        headline = f"A tie: the best model ({model.name}) and the best baseline ({baseline.name})"
+    elif pair.gap is None:
+        headline = f"A {kind} has the best score: {winner.name}, ahead of {loser.name}"
+    elif pair.answer == ("yes" if ahead else "no, it is worse"):
+        headline = f"A {kind} wins: {winner.name} is ahead of {loser.name}"
     else:
         headline = (
-            f"No clear winner: {winner.name} ({'model' if ahead else 'baseline'}) is ahead of "
-            f"{loser.name}, but by no more than chance could explain"
+            f"No clear winner: {winner.name} (a {kind}) is ahead of {loser.name}, but on other "
+            f"{_UNITS[task.level]} it could be the other way round"
         )
-    if gap is None and a.mean != b.mean:
-        headline = f"{winner.name} ({'model' if ahead else 'baseline'}) is ahead of {loser.name}"
-    details = [
+    detail = (
         f"Best model, {model.name}: {_score(model)}. Best baseline, {baseline.name}: "
-        f"{_score(baseline)}, on {units(task, max(model.n_units, baseline.n_units))}."
-    ]
-    details.append(_interval(gap, task, model.name, baseline.name))
-    details += _pretraining(models, evidence)
+        f"{_score(baseline)}. Tested on {units(task, max(model.n_units, baseline.n_units))}."
+    )
     short = f"{task.target}: {headline} ({number(a.mean)} vs {number(b.mean)})"
-    return Verdict(headline + ".", tuple(details), short)
+    if not ahead:
+        short = f"{task.target}: {headline} ({number(b.mean)} vs {number(a.mean)})"
+    pairs = (pair, *_pretraining(models, evidence))
+    return Verdict(headline + ".", detail, pairs, short)
 
 
 def _one_sided(task: TaskInfo, model: Row | None, baseline: Row | None) -> Verdict:
     row = model or baseline
     if row is None:
         text = f"No row for {task.target!r} has a score"
-        return Verdict(text + ".", (), text)
+        return Verdict(text + ".", "", (), text)
     what, lacks = ("model", "baseline") if model else ("baseline", "fine-tuned model")
     headline = f"Only half a comparison: there is no {lacks} beside the best {what}, {row.name}"
     detail = f"{row.name}: {_score(row)} on {units(task, row.n_units)}."
-    return Verdict(
-        headline + ".", (detail,), f"{task.target}: {row.name} {_score(row)}; no {lacks}"
-    )
+    short = f"{task.target}: {row.name} {_score(row)}; no {lacks}"
+    return Verdict(headline + ".", detail, (), short)
 
 
-def _gain(gap: Difference, task: TaskInfo) -> float:
-    return -gap.mean if task.kind == "regression" else gap.mean
-
-
-def _interval(gap: Difference | None, task: TaskInfo, first: str, second: str) -> str:
-    if gap is None:
-        return "No test unit has predictions of both, so how sure this is cannot be said."
-    what = "mean absolute error" if task.kind == "regression" else "share correct"
-    drawn = "" if gap.group == "unit" else f", drawing whole {gap.group}s ({gap.n_groups})"
-    signed = [f"{v:+.3f}".replace("-", "−") for v in (gap.mean, gap.low, gap.high)]
-    zero = "leaves out" if gap.clear else "includes"
-    return (
-        f"Difference in {what}, {first} minus {second}: {signed[0]}, 95 % interval {signed[1]} to "
-        f"{signed[2]} over {gap.n_units} test units{drawn}; it {zero} 0."
-    )
-
-
-def _pretraining(models: Sequence[Row], evidence: Evidence) -> list[str]:
-    """What pretraining brought: pairs of rows that differ in nothing but the start."""
-    said = []
-    for trains, words in (("none", "frozen encoder"), ("all", "whole model fine-tuned")):
-        pair = {
-            init: [r for r in models if r.train_encoder == trains and r.init == init and r.primary]
-            for init in ("pretrained", "random")
-        }
-        if any(len(found) != 1 for found in pair.values()):
-            continue
-        first, second = pair["pretrained"][0], pair["random"][0]
-        gap = _compare(first, second, evidence)
-        text = (
-            f"Pretraining, {words}: {_score(first)} against {_score(second)} from random weights."
-        )
-        if gap is not None:
-            text += " " + _interval(gap, first.task, "pretrained", "random")
-        said.append(text)
-    return said
+def _pretraining(models: Sequence[Row], evidence: Evidence) -> list[Pair]:
+    """Pairs of rows that differ in nothing but the weights they start from."""
+    found = []
+    for trains, words in (("none", "encoder frozen"), ("all", "all weights trained")):
+        own = [r for r in models if r.train_encoder == trains and r.primary]
+        first = [r for r in own if r.init == "pretrained"]
+        second = [r for r in own if r.init == "random"]
+        if len(first) == len(second) == 1:
+            gap = _compare(first[0], second[0], evidence)
+            question = f"pretrained against random weights, {words}"
+            found.append(Pair(question, first[0], second[0], gap))
+    return found
 
 
 def _warnings(own: Sequence[Row], evidence: Evidence) -> list[str]:
@@ -216,6 +229,15 @@ def _warnings(own: Sequence[Row], evidence: Evidence) -> list[str]:
             said.append(
                 f"{row.name}: one seed only; a mean over at least three seeds is the custom here."
             )
+        mine = [r for r in evidence.runs if _belongs(r.result, row)]
+        leaky = [r for r in mine if seen_in_test(r)]
+        if leaky:
+            names = set().union(*map(seen_in_test, leaky))
+            said.append(
+                f"{row.name}: in {len(leaky)} of {len(mine)} results the weights had been trained "
+                f"on the BOLD of test runs ({len(names)} runs, such as {min(names)}; without their "
+                "labels). That is no test on unseen recordings."
+            )
     shas = {row.name: {r.split_sha for r in row.results if r.n_test} for row in own}
     shas = {name: found for name, found in shas.items() if found}
     if len({frozenset(found) for found in shas.values()}) > 1:
@@ -223,12 +245,6 @@ def _warnings(own: Sequence[Row], evidence: Evidence) -> list[str]:
             "The rows were not all tested on the same splits (the split files' hashes differ), so "
             "they are not strictly comparable."
         )
-    for run in evidence.runs:
-        if run.result and run.result.task == own[0].task and (n := len(seen_in_test(run))):
-            said.append(
-                f"{run.label}: the weights it started from were trained on the BOLD of {n} of its "
-                "test runs (without labels). It is no test on unseen recordings."
-            )
     return said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def write_run(
 ) -> None:
     """metrics.jsonl, recipe.yaml, env.json and model/config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(abs(hash(folder.name)) % 1000)
+    rng = np.random.default_rng(zlib.crc32(folder.name.encode()))
     lines = []
     for step in range(1, steps + 1):
         loss = end + (start - end) * np.exp(-4 * step / steps) + 0.03 * rng.normal()
