@@ -32,13 +32,11 @@ def predict_units(
     rows = []
     for compact in batches:
         batch = compact.to_batch(device)
-        if batch.target is None:
-            raise DataError(f"clips of run {batch.run[0]} have no label to be compared with")
         outputs = predict(batch).float().cpu().tolist()
-        labels = batch.target.tolist()
-        columns = (compact.units, batch.subject, batch.run, labels, outputs)
-        rows += [
-            Prediction(unit, subject, run, float(y), tuple(scores))
-            for unit, subject, run, y, scores in zip(*columns, strict=True)
-        ]
+        for sample, scores in zip(compact.samples, outputs, strict=True):
+            # Not of the batch: there an age of 31.4 has been rounded to float32.
+            if sample.target is None:
+                raise DataError(f"a clip of run {sample.run} has no label to be compared with")
+            row = (sample.unit, sample.subject, sample.run, float(sample.target), tuple(scores))
+            rows.append(Prediction(*row))
     return aggregate(rows)
