@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from fmrizoo.config import PrepareConfig
+from fmrizoo.data.confounds import regress
 from fmrizoo.data.prepare import ProgressEvent, prepare
 from fmrizoo.data.store import Store
 from fmrizoo.errors import DataError
@@ -225,6 +226,45 @@ def test_confounds_are_regressed_out(tmp_path: Path) -> None:
     assert got.std(3).mean() < 1.1
     with pytest.raises(DataError, match="Did you mean 'simple'"):
         prepare(tmp_path, tmp_path / "u", PrepareConfig(confounds="simpel"))
+
+
+def test_regression_against_least_squares() -> None:
+    rng = np.random.default_rng(0)
+    confounds = np.c_[rng.standard_normal((50, 3)).cumsum(0), np.full(50, 2.0)]
+    values = (300 + confounds[:, :3] @ rng.standard_normal((3, 20))).astype(np.float32)
+    noise = rng.standard_normal((50, 20)).astype(np.float32)
+    kept = np.ones(50, bool)
+    got = regress(values + noise, confounds, kept)
+    design = np.c_[np.ones(50), confounds[:, :3]]
+    fit = design @ np.linalg.lstsq(design, (values + noise).astype(float), rcond=None)[0]
+    assert np.allclose(got - got.mean(0), values + noise - fit, atol=1e-3)
+    assert np.allclose(got.mean(0), (values + noise).mean(0), atol=1e-3)
+
+
+def test_scrubbed_frames_neither_count_nor_stay(caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    confounds = rng.standard_normal((40, 2))
+    values = (500 + confounds @ rng.standard_normal((2, 8))).astype(np.float32)
+    kept = np.ones(40, bool)
+    kept[[0, 10, 11, 39]] = False
+    values[~kept] = 9999
+    got = regress(values, confounds, kept)
+    assert np.allclose(got, 500, atol=2) and got.std() < 1
+    assert np.allclose(got[10], 2 / 3 * got[9] + 1 / 3 * got[12], rtol=1e-6)
+    assert np.array_equal(got[0], got[1]) and np.array_equal(got[39], got[38])
+    assert "4 of 40 volumes scrubbed" in caplog.text
+    with pytest.raises(DataError, match="3 usable volumes are too few"):
+        regress(values[:5], confounds[:5], np.array([False, True, True, True, False]))
+
+
+def test_a_subject_whose_runs_all_went_bad_leaves_the_store(tree: Any, tmp_path: Path) -> None:
+    tree.add("01")
+    tree.add("02")
+    prepare(tree.root, tmp_path / "s", native())
+    save(tree, 0 * bold(), subject="02")
+    prepare(tree.root, tmp_path / "s", native(), skip_bad=True)
+    assert [r.subject for r in Store(tmp_path / "s").runs] == ["01"]
+    assert not (tmp_path / "s/sub-02.h5").exists()
 
 
 # --- repetition time ------------------------------------------------------------------------------
@@ -496,7 +536,7 @@ def test_too_little_space_is_said_before_writing(
 def test_a_killed_writer(tree: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for subject in range(1, 9):
         tree.add(f"{subject:02d}", data=bold(12, 12, 12, 30))
-    for lines in (1, 3, 6):
+    for lines in (1, 4):
         process = in_subprocess(PREPARE, tree.root, tmp_path / "s", 0)
         assert process.stdout is not None
         for _ in range(lines):
