@@ -123,15 +123,16 @@ def methods(evidence: Evidence, tasks: Sequence[TaskReport]) -> list[str]:
             f"Task {report.task.target!r} ({report.task.kind}"
             + (f", {len(report.task.classes)} classes" if report.task.classes else "")
             + f"): outputs of the clips of one {level} are averaged (logits for classes), and "
-            f"every {level} counts once. Test units were read once, after all choices were made. "
+            f"every {level} counts once. "
             "Metrics are computed per fold, weighted by test units within a seed, then averaged "
             "over seeds."
         )
     if any(t.baselines for t in tasks):
         said.append(
             "Baselines are linear (logistic regression or ridge) on label-free features of the "
-            "same clips. Penalties were chosen by validation loss; features, scaling and weights "
-            "come from the training runs alone."
+            "same clips. Penalties were chosen by validation loss (C = 1 without validation "
+            "units); features, scaling and weights come from the training runs alone. Their test "
+            "runs were read once, after every fit."
         )
     return said
 
