@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6, "unknown": 1.0}
 _PLAUSIBLE_TR = (0.05, 30.0)  # seconds
+_CONSTANT_REFUSED, _CONSTANT_SAID = 0.5, 0.01  # shares of the brain voxels
 _TR_TOLERANCE = 1e-3  # seconds: headers hold float32, sidecars are rounded by hand
 
 
@@ -122,6 +123,15 @@ def _check_signal(bold: NDArray[np.float32], mask: NDArray[np.bool_], path: Path
         raise DataError(f"{path} is zero everywhere in the brain: nothing was recorded or kept")
     if float(inside.max()) == float(inside.min()):
         raise DataError(f"{path} has the one value {inside.flat[0]:g} everywhere in the brain")
+    constant = int((inside.max(1) == inside.min(1)).sum())
+    share = constant / len(inside)
+    if share > _CONSTANT_REFUSED:
+        raise DataError(
+            f"{path}: {constant} of the {len(inside)} brain voxels never change, so the mask does "
+            f"not fit the data: set prepare.mask to the run's own mask"
+        )
+    if share > _CONSTANT_SAID:
+        log.warning("%s: %d of %d brain voxels never change", path, constant, len(inside))
 
 
 def repetition_time(image: Any, run: RunFile, config: PrepareConfig) -> float:

@@ -410,6 +410,25 @@ def test_a_real_mask_without_orientation(tmp_path: Path) -> None:
         prepare(tmp_path / "t.tsv", tmp_path / "s", native())
 
 
+def test_a_mask_over_nothing(tmp_path: Path) -> None:
+    """Real case: 81 voxels were kept, nilearn's mask finds the 79,119 around them."""
+    row = f"path\tsubject\n{ODD}/brainiak/subject1_bet.nii.gz\t1\n"
+    (tmp_path / "t.tsv").write_text(row)
+    with pytest.raises(DataError, match="brain voxels never change, so the mask does not fit"):
+        prepare(tmp_path / "t.tsv", tmp_path / "s", native(mask="compute"))
+
+
+def test_some_constant_voxels_are_said(
+    tree: Any, made: Callable[..., Store], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = bold()
+    data[2] = 7
+    save(tree, data)
+    store = made(tree.root)
+    assert "20 of 60 brain voxels never change" in caplog.text
+    assert (store.open(store.runs[0]).read(0, 12)[2, 1:] == 7).all()
+
+
 def test_not_an_image_at_all(tree: Any, tmp_path: Path) -> None:
     path = tree.add()
     path.write_bytes(b"hello")
