@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from fmrizoo.config import Recipe
     from fmrizoo.evaluate.results import Result
     from fmrizoo.trainer.inputs import StepEvent
+
+# Read when torch is first imported: threads that wait for work sleep. Spinning, they slow work on
+# two threads down many times as soon as anything else runs on the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again to go on
 

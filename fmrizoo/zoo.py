@@ -157,7 +157,7 @@ def build(
     given = {key: value for key, value in parts.items() if value is not None}
     if (recipe is None) == (not given):
         raise RecipeError("give a recipe, or backbone=, objective=, head= as keywords (not both)")
-    chosen = load_recipe(dict(given) if recipe is None else recipe, overrides)
+    chosen = compose(given, overrides) if recipe is None else load_recipe(recipe, overrides)
     return build_model(chosen, task)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -55,33 +54,24 @@ def patch_share(mask: Tensor, patch: Sequence[int]) -> Tensor:
     return F.avg_pool3d(mask.unsqueeze(1).float(), tuple(patch[:3])).squeeze(1)
 
 
-def to_patches(bold: Tensor, patch: Sequence[int]) -> Tensor:
-    """``(b, c, x, y, z, t)`` → ``(b, x', y', z', t', px·py·pz·pt·c)``, channel fastest."""
-    return rearrange(
-        bold,
-        "b c (x px) (y py) (z pz) (t pt) -> b x y z t (px py pz pt c)",
-        px=patch[0],
-        py=patch[1],
-        pz=patch[2],
-        pt=patch[3],
-    )
+SLAB_BYTES = 1 << 22  # of patches that are copied out at a time
 
 
 class _SlabProjection(torch.autograd.Function):
-    """``patches @ weight.T`` on a CPU, one slab of patches at a time, keeping none of them.
+    """``patches @ weight.T`` on a CPU, a slab of patches at a time, keeping none of them.
 
     Copying all patches out at once (or all frames, for a convolution) moves the whole clip through
     memory with long strides; a slab stays in the cache. Saves ``bold`` itself and nothing else.
     """
 
     @staticmethod
-    def forward(ctx, bold: Tensor, weight: Tensor, patch: tuple[int, ...]) -> Tensor:  # type: ignore[no-untyped-def]
-        b, _, x, y, z, t = bold.shape
-        grid = tuple(s // p for s, p in zip((x, y, z, t), patch, strict=True))
+    def forward(ctx, bold: Tensor, weight: Tensor, patch: Patch) -> Tensor:  # type: ignore[no-untyped-def]
+        b, _, *size = bold.shape
+        grid = [s // p for s, p in zip(size, patch, strict=True)]
         out = weight.new_empty(b, *grid, weight.shape[0])
-        for sample, row in itertools.product(range(b), range(grid[0])):
-            slab = _slab(bold, patch, sample, row)
-            torch.mm(slab, weight.t(), out=out[sample, row].view(-1, weight.shape[0]))
+        for samples, rows in _slabs(bold, patch):
+            target = out[samples, rows].view(-1, weight.shape[0])
+            torch.mm(_patches(bold, patch, samples, rows), weight.t(), out=target)
         ctx.save_for_backward(bold, weight)
         ctx.patch = patch
         return out.view(b, -1, weight.shape[0])
@@ -89,44 +79,72 @@ class _SlabProjection(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[no-untyped-def]
         bold, weight = ctx.saved_tensors
-        patch = ctx.patch
-        rows = bold.shape[2] // patch[0]
+        patch, b, rows = ctx.patch, bold.shape[0], bold.shape[2] // ctx.patch[0]
         d_bold = torch.empty_like(bold) if ctx.needs_input_grad[0] else None
-        # Summed over many slabs: in fp32 whatever the weights' own precision.
+        # Summed over many slabs: at least in fp32, whatever the weights' own precision.
         d_weight = torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-        by_row = grad.reshape(bold.shape[0], rows, -1, weight.shape[0])
-        for sample, row in itertools.product(range(bold.shape[0]), range(rows)):
-            part = by_row[sample, row]
+        by_row = grad.reshape(b, rows, -1, weight.shape[0])
+        for samples, chosen in _slabs(bold, patch):
+            part = by_row[samples, chosen].reshape(-1, weight.shape[0])
             if ctx.needs_input_grad[1]:
-                d_weight += part.t() @ _slab(bold, patch, sample, row)
+                d_weight += part.t() @ _patches(bold, patch, samples, chosen)
             if d_bold is not None:
-                shaped = _from_slab(part @ weight, bold, patch)
-                d_bold[sample, :, row * patch[0] : (row + 1) * patch[0]] = shaped
+                voxels = slice(chosen.start * patch[0], chosen.stop * patch[0])
+                target = d_bold[samples, :, voxels]
+                target.copy_(_from_patches(part @ weight, target, patch))
         return d_bold, d_weight.to(weight.dtype), None
 
 
-def _slab(bold: Tensor, patch: tuple[int, ...], sample: int, row: int) -> Tensor:
-    """``(y'·z'·t', px·py·pz·pt·c)`` patches of one sample with one x coordinate."""
-    px, py, pz, pt = patch
-    slab = bold[sample, :, row * px : (row + 1) * px]
-    return rearrange(
-        slab, "c px (y py) (z pz) (t pt) -> (y z t) (px py pz pt c)", py=py, pz=pz, pt=pt
-    )
+Patch = tuple[int, int, int, int]
 
 
-def _from_slab(values: Tensor, bold: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """Inverse of :func:`_slab`: ``(c, px, y, z, t)``."""
+def _slabs(bold: Tensor, patch: Patch) -> Iterator[tuple[slice, slice]]:
+    """Samples and rows of patches (along x) that fill a slab: rows of one sample, or samples."""
+    b, rows = bold.shape[0], bold.shape[2] // patch[0]
+    row_bytes = bold[0].numel() // rows * bold.element_size()
+    some_rows = min(rows, max(1, SLAB_BYTES // row_bytes))
+    some = max(1, SLAB_BYTES // (row_bytes * rows)) if some_rows == rows else 1
+    for sample in range(0, b, some):
+        for row in range(0, rows, some_rows):
+            yield (
+                slice(sample, min(sample + some, b)),
+                slice(row, min(row + some_rows, rows)),
+            )
+
+
+def _patches(bold: Tensor, patch: Patch, samples: slice, rows: slice) -> Tensor:
+    """``(tokens, px·py·pz·pt·c)`` patches of a slab, row-major."""
     px, py, pz, pt = patch
-    return rearrange(
-        values,
-        "(y z t) (px py pz pt c) -> c px (y py) (z pz) (t pt)",
+    slab = bold[samples, :, rows.start * px : rows.stop * px]
+    found: Tensor = rearrange(
+        slab,
+        "b c (x px) (y py) (z pz) (t pt) -> (b x y z t) (px py pz pt c)",
         px=px,
         py=py,
         pz=pz,
         pt=pt,
-        y=bold.shape[3] // py,
-        z=bold.shape[4] // pz,
     )
+    return found
+
+
+def _from_patches(values: Tensor, like: Tensor, patch: Patch) -> Tensor:
+    """Inverse of :func:`_patches` for a slab of the shape of ``like (b, c, x, y, z, t)``."""
+    px, py, pz, pt = patch
+    b, _, x, y, z, t = like.shape
+    voxels: Tensor = rearrange(
+        values,
+        "(b x y z t) (px py pz pt c) -> b c (x px) (y py) (z pz) (t pt)",
+        b=b,
+        pt=pt,
+        x=x // px,
+        y=y // py,
+        z=z // pz,
+        t=t // pt,
+        px=px,
+        py=py,
+        pz=pz,
+    )
+    return voxels
 
 
 class PatchEmbed(nn.Module):
@@ -134,7 +152,8 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, patch: Sequence[int], in_chans: int, embed_dim: int, norm: bool) -> None:
         super().__init__()
-        self.patch = tuple(patch)
+        px, py, pz, pt = patch
+        self.patch: Patch = (px, py, pz, pt)
         self.fc = nn.Linear(prod(self.patch) * in_chans, embed_dim)
         self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
 
