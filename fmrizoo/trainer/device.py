@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import random
 import re
-import shutil
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -247,7 +244,7 @@ def _skip_shm_op(deepspeed: Any) -> None:
 def init_distributed(world: World, device: torch.device, *, timeout_minutes: float = 30.0) -> None:
     """Let the ranks of ``world`` find each other; a second call does nothing.
 
-    One process needs no address: it meets itself in a temporary file. Several take
+    One process needs no address: it meets itself in memory. Several take
     ``MASTER_ADDR``/``MASTER_PORT``, or find the first node from SLURM's or PBS's list of nodes.
 
     Raises:
@@ -255,6 +252,7 @@ def init_distributed(world: World, device: torch.device, *, timeout_minutes: flo
             process group that exists already.
     """
     import torch.distributed as dist
+    from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, missing in __all__
 
     deepspeed = load_deepspeed(device)
     # DeepSpeed reads these from the environment and asks MPI for them when they are missing.
@@ -270,9 +268,13 @@ def init_distributed(world: World, device: torch.device, *, timeout_minutes: flo
             )
         method = None
     elif world.size == 1:
-        folder = tempfile.mkdtemp(prefix="fmrizoo-rendezvous-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        method = f"file://{folder}/store"
+        dist.init_process_group(
+            deepspeed.get_accelerator().communication_backend_name(),
+            store=HashStore(),
+            rank=0,
+            world_size=1,
+        )
+        method = None
     else:
         address, port = rendezvous(os.environ, world)
         method = f"tcp://{address}:{port}"
