@@ -6,12 +6,14 @@ their ``name`` picks; the other sections are below, one dataclass each, one comm
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -67,6 +69,10 @@ class PrepareConfig:
                 len(value) == 3 and all(v > 0 for v in value),
                 f"prepare.{key} needs three positive numbers (x, y, z), got {list(value)}",
             )
+        _require(
+            len(self.center) == 3,
+            f"prepare.center needs three numbers (x, y, z), got {list(self.center)}",
+        )
         letters = {frozenset("RL"), frozenset("AP"), frozenset("SI")}
         axes = {pair for pair in letters for c in self.orientation if c in pair}
         _require(
@@ -110,6 +116,7 @@ class TaskConfig:
         _one_of("task.source", self.source, ("events", "participants"))
         _one_of("task.kind", self.kind, ("classification", "regression"))
         _one_of("task.level", self.level, ("event", "run", "subject"))
+        _require(math.isfinite(self.lag), f"task.lag is a number of seconds, got {self.lag}")
         _require(
             not (self.source == "participants" and self.level == "event"),
             "task.level=event needs task.source=events; use level=subject for participants.tsv",
@@ -174,8 +181,16 @@ class TrainConfig:
         for key in ("warmup", "min_lr_ratio"):
             value = getattr(self, key)
             _require(0 <= value <= 1, f"train.{key} is a share in [0, 1], got {value}")
-        _require(self.lr > 0, f"train.lr must be > 0, got {self.lr}")
-        _require(len(self.betas) == 2, f"train.betas needs two numbers, got {list(self.betas)}")
+        for key in ("weight_decay", "clip_norm", "save_every", "validate_every"):
+            value = getattr(self, key)
+            _require(value >= 0, f"train.{key} must be ≥ 0, got {value}")
+        for key in ("lr", "eps"):
+            value = getattr(self, key)
+            _require(value > 0, f"train.{key} must be > 0, got {value}")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"train.betas needs two numbers in [0, 1), got {list(self.betas)}",
+        )
 
 
 @dataclass
@@ -218,7 +233,7 @@ def _read(path: Path, stack: tuple[Path, ...] = ()) -> DictConfig:
     if not isinstance(loaded, DictConfig):
         raise RecipeError(f"{path} is not a YAML mapping of recipe sections")
     defaults = loaded.pop("defaults", [])
-    if isinstance(defaults, str):
+    if not isinstance(defaults, list | ListConfig) or not all(isinstance(d, str) for d in defaults):
         raise RecipeError(f"{path}: 'defaults' must be a list of recipe files")
     bases = [_read(path.parent / f"{name}.yaml", (*stack, path)) for name in defaults]
     return _merge(*bases, loaded)
@@ -249,7 +264,11 @@ def _check_keys(schema: type, values: DictConfig, prefix: str) -> None:
     for key in map(str, values):
         if key not in hints:
             raise RecipeError(f"unknown key '{prefix}{key}'.{suggest(key, list(hints))}")
-        if is_dataclass(hints[key]) and isinstance(values[key], DictConfig):
+        if is_dataclass(hints[key]):
+            if not isinstance(values[key], DictConfig):
+                raise RecipeError(
+                    f"{prefix}{key} is a section of keys and values, got {values[key]!r}"
+                )
             _check_keys(cast(type, hints[key]), values[key], f"{prefix}{key}.")
 
 
@@ -265,12 +284,20 @@ def _typed(schema: type, values: DictConfig, prefix: str = "") -> Any:
         raise RecipeError(f"{where}: {str(error).splitlines()[0]}") from None
 
 
+def _named(item: str) -> str:
+    key, _, value = item.partition("=")
+    plain = re.fullmatch(r"[A-Za-z_][\w-]*", value) and value.lower() not in ("null", "none")
+    return f"{key}.name={value}" if key in COMPONENTS and plain else item
+
+
 def _overrides(items: Sequence[str]) -> DictConfig:
     for item in items:
         if "=" not in item or item.startswith("="):
             raise RecipeError(f"override {item!r} is not of the form key=value")
+    # head=linear head.dropout=0.1: the short form of the name must not swallow the section.
+    dotted = [_named(item) for item in items]
     try:
-        return OmegaConf.from_dotlist(list(items))
+        return OmegaConf.from_dotlist(dotted)
     except (OmegaConfBaseException, YAMLError) as error:
         raise RecipeError(f"overrides {list(items)}: {str(error).splitlines()[0]}") from None
 
@@ -308,6 +335,10 @@ def _component(kind: str, values: Any) -> Any:
     table = COMPONENTS[kind]
     if not isinstance(values, DictConfig) or "name" not in values:
         raise RecipeError(f"'{kind}.name' is missing. Available: {', '.join(table.list())}")
+    if not isinstance(values.name, str):
+        raise RecipeError(
+            f"{kind}.name must be a name, got {values.name!r}. Available: {', '.join(table.list())}"
+        )
     return _typed(table[values.name].config, values, f"{kind}.")
 
 
