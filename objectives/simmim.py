@@ -35,6 +35,12 @@ class SimMIMConfig:
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio <= 1:
             raise RecipeError(f"objective.mask_ratio must be in (0, 1], got {self.mask_ratio}")
+        patch = self.mask_patch_size
+        if patch is not None and (len(patch) != 4 or any(v < 1 for v in patch)):
+            raise RecipeError(
+                f"objective.mask_patch_size needs four positive numbers (x, y, z, t), got "
+                f"{list(patch)}"
+            )
         for key, known in (("mask_type", MASK_TYPES), ("decoder", DECODERS)):
             value = getattr(self, key)
             if value not in known:

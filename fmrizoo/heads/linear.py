@@ -32,7 +32,12 @@ class LinearConfig:
         for key, known in choices.items():
             value = getattr(self, key)
             if value not in known:
-                raise RecipeError(f"head.{key}={value!r} is not known.{suggest(value, list(known))}")
+                raise RecipeError(
+                    f"head.{key}={value!r} is not known.{suggest(value, list(known))}"
+                )
+        for key in ("dropout", "label_smoothing"):
+            if not 0 <= (share := getattr(self, key)) < 1:
+                raise RecipeError(f"head.{key} is a share in [0, 1), got {share}")
 
 
 @register_head("linear", LinearConfig)
