@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fmrizoo.backbones.swin4d import Swin4D, Swin4DConfig
-from fmrizoo.errors import CheckpointError
+from fmrizoo.config import compose
+from fmrizoo.errors import CheckpointError, RecipeError
 from fmrizoo.layers.positions import resize_space, resize_time
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,10 @@ REQUIRED = (
 )
 # Hyper-parameters that would change the encoder's numbers if they had other values than these.
 FIXED = {"spatial_dims": 4, "to_float": None, "use_checkpoint": None, "downsample": "mergingv2"}
+
+
+# What torch.load raises on files that are torn or something else.
+_UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError)
 
 
 @dataclass
@@ -117,9 +124,16 @@ def load_swift(
         content = _read(Path(checkpoint), trust_pickle)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{_name(checkpoint)} holds no state dict")
-    stored = content.get("hyper_parameters") or {}
     state = content.get("state_dict", content)
-    given = {**stored, **(hyper_parameters or {})}
+    given: dict[str, Any] = {}
+    for found in (content.get("hyper_parameters"), hyper_parameters):
+        values = vars(found) if isinstance(found, Namespace) else found or {}
+        if not isinstance(values, Mapping):
+            raise CheckpointError(
+                f"the hyper-parameters of {_name(checkpoint)} are no mapping of names to values "
+                f"but {type(found).__name__}"
+            )
+        given |= values
     encoder, head = _split(state, _name(checkpoint))
     backbone = SwiFTEncoder(_config(given, encoder, _name(checkpoint)))
     report = LoadReport(head=head)
@@ -137,19 +151,28 @@ def _name(checkpoint: Any) -> str:
 def _read(path: Path, trust_pickle: bool) -> Any:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file {path}")
+    with path.open("rb") as file:
+        start = file.read(2)
+    # A zip archive, or the bare pickle that PyTorch wrote before 1.6.
+    if not start.startswith((b"PK", b"\x80")):
+        raise CheckpointError(f"{path} is no PyTorch checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not trust_pickle:
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise CheckpointError(
-                f"{path} holds objects that the safe loader refuses "
-                f"({str(error).splitlines()[0][:120]}); if you trust its origin, load it with "
+                f"{path} holds objects that the safe loader refuses"
+                f"{f' ({named[1]})' if named else ''}; if you trust its origin, load it with "
                 "trust_pickle=True"
             ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path} is no PyTorch checkpoint: {error}") from None
     log.warning("unpickling %s without restrictions, as asked", path)
-    return torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except (*_UNREADABLE, pickle.UnpicklingError, ImportError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be unpickled: {error}") from None
 
 
 def _split(state: Any, where: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -185,17 +208,19 @@ def _config(given: Mapping[str, Any], encoder: dict[str, Tensor], where: str) ->
         if value is not None and given.get(name, value) != value:
             raise CheckpointError(f"{where}: {name}={given[name]!r} is not supported")
     values = {ours: given[theirs] for theirs, ours in NAMES.items() if theirs in given}
-    for name, value in values.items():
-        if isinstance(value, (tuple, list)):
-            values[name] = [int(v) for v in value]
-    values["final_norm"] = False
+    values = {k: list(v) if isinstance(v, (tuple, list)) else v for k, v in values.items()}
+    try:
+        recipe = compose({"backbone": {**values, "name": "swin4d", "final_norm": False}})
+    except RecipeError as error:
+        raise CheckpointError(f"{where}: impossible hyper-parameters: {error}") from None
+    config: Swin4DConfig = recipe.backbone
     weight = encoder.get("patch_embed.fc.weight")
-    if weight is not None and weight.shape[0] != values["embed_dim"]:
+    if weight is not None and weight.shape[:1] != (config.embed_dim,):
         raise CheckpointError(
-            f"{where}: embed_dim={values['embed_dim']} but the patch embedding has "
-            f"{weight.shape[0]} outputs"
+            f"{where}: embed_dim={config.embed_dim} but the patch embedding's weight is "
+            f"{tuple(weight.shape)}"
         )
-    return Swin4DConfig(**values)
+    return config
 
 
 def _fit_positions(
