@@ -50,15 +50,14 @@ def _split(path: Path) -> dict[str, Any]:
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
-    from fmrizoo.trainer.checkpoint import faults
+    from fmrizoo.trainer.checkpoint import STATE, faults
 
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    sizes = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+    wrong = faults(path)
     return {
         "kind": "checkpoint",
-        "bytes": sizes,
-        "state": manifest.get("state"),
-        "faults": faults(path),
+        "bytes": sum(f.stat().st_size for f in path.rglob("*") if f.is_file()),
+        "state": None if wrong else json.loads((path / STATE).read_text(encoding="utf-8")),
+        "faults": wrong,
     }
 
 
