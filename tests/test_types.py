@@ -1,0 +1,168 @@
+"""The contracts: what a batch must be, features on their grid, tasks, run names, data contracts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fmrizoo.errors import DataError, RecipeError
+from fmrizoo.types import Batch, Contract, Features, Grid, RunKey, TaskSpec, Tokens
+
+CONTRACT = Contract(
+    "native", "RAS", (40, 20, 1), (3.1, 3.75, 3.75), 2.5, "voxel", "run", "0", "0.1.0"
+)
+
+
+def parts(**changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "bold": torch.zeros(2, 1, 4, 3, 2, 5),
+        "mask": torch.ones(2, 4, 3, 2, dtype=torch.bool),
+        "tr": torch.ones(2),
+        "subject": ["01", "02"],
+        "run": ["a", "b"],
+        "start": torch.zeros(2),
+    }
+    return values | changes
+
+
+def test_grid_arithmetic() -> None:
+    grid = Grid(7, 5, 4, 4)
+    assert grid.size == 560
+    assert grid.padded((2, 2, 2, 2)) == (8, 6, 4, 4)
+    assert Grid(8, 6, 4, 4).divided((2, 3, 4, 1)) == (4, 2, 1, 4)
+    assert str(grid) == "7×5×4×4"
+
+
+def test_a_batch_knows_its_size_and_grid() -> None:
+    batch = Batch(**parts())
+    assert len(batch) == 2 and batch.grid == (4, 3, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bold": torch.zeros(2, 4, 3, 2, 5)}, r"bold must be \(b, 1, x, y, z, t\), got \(2, 4"),
+        ({"bold": torch.zeros(2, 3, 4, 3, 2, 5)}, "bold must be"),
+        ({"bold": torch.zeros(())}, "bold must be"),
+        ({"bold": torch.zeros(2, 1, 4, 3, 2, 5, dtype=torch.int16)}, "got torch.int16"),
+        ({"mask": torch.ones(2, 4, 3, 3, dtype=torch.bool)}, r"mask must be bool .*\(2, 4, 3, 2\)"),
+        ({"mask": torch.ones(2, 4, 3, 2)}, "got torch.float32"),
+        ({"tr": torch.ones(3)}, "tr must have 2 rows"),
+        ({"target": torch.ones(1)}, "target must have 2 rows"),
+        ({"seed": torch.ones(3)}, "seed must have 2 rows"),
+        ({"subject": ["01"]}, "need 2 names each"),
+        ({"run": []}, "need 2 names each"),
+    ],
+)
+def test_a_batch_is_checked_at_the_door(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Batch(**parts(**change))
+
+
+def test_moving_a_batch_changes_the_type_of_bold_only() -> None:
+    batch = Batch(**parts(target=torch.tensor([1, 2]), seed=torch.tensor([3, 4])))
+    moved = batch.to("cpu", torch.bfloat16)
+    assert moved.bold.dtype == torch.bfloat16 and batch.bold.dtype == torch.float32
+    assert moved.tr.dtype == torch.float32 and moved.mask.dtype == torch.bool
+    assert torch.equal(moved.target, batch.target) and torch.equal(moved.seed, batch.seed)
+    assert Batch(**parts()).to("cpu").target is None
+
+
+def test_tokens_keep_their_shape() -> None:
+    ones = torch.ones(1, 3)
+    tokens = Tokens(torch.zeros(1, 3, 2), torch.zeros(1, 3, 4), ones.bool(), Grid(3, 1, 1, 1), ones)
+    assert torch.equal(tokens.with_values(torch.ones(1, 3, 2)).values, torch.ones(1, 3, 2))
+    with pytest.raises(ValueError, match=r"expected \(1, 3, 2\), got \(1, 2, 2\)"):
+        tokens.with_values(torch.ones(1, 2, 2))
+
+
+def test_features_go_to_their_cells_in_any_order_and_gaps_are_zero() -> None:
+    grid = Grid(2, 1, 2, 2)
+    index = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0]])[None]
+    values = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]])[None]
+    valid = torch.tensor([[True, True, False]])
+    dense = Features(values, index, valid, grid, torch.ones(1, 3)).to_grid()
+    assert dense.shape == (1, 2, 2, 1, 2, 2)
+    assert dense[0, :, 1, 0, 1, 0].tolist() == [1, 10]
+    assert dense[0, :, 0, 0, 1, 1].tolist() == [2, 20]
+    assert dense[0, :, 0, 0, 0, 0].tolist() == [0, 0]
+    assert dense.sum() == 33
+
+
+def test_unknown_pooling_is_refused() -> None:
+    ones = torch.ones(1, 1)
+    index = torch.zeros(1, 1, 4, dtype=torch.long)
+    one = Features(ones[..., None], index, ones.bool(), Grid(1, 1, 1, 1), ones)
+    with pytest.raises(RecipeError, match="must be one of mean, brain, space, got 'max'"):
+        one.pooled("max")
+
+
+def test_tasks() -> None:
+    assert TaskSpec("classification", ("a", "b", "c")).outputs == 3
+    assert TaskSpec("regression", mean=1.0, std=2.0).outputs == 1
+    with pytest.raises(RecipeError, match=r"at least two classes .* found \['a'\]"):
+        TaskSpec("classification", ("a",))
+    for std in (0.0, float("nan")):
+        with pytest.raises(RecipeError, match=f"s.d. is {std}: nothing to predict"):
+            TaskSpec("regression", std=std)
+    with pytest.raises(RecipeError, match="got 'ranking'"):
+        TaskSpec("ranking")
+
+
+def test_equal_contracts_have_no_differences_whatever_wrote_them() -> None:
+    assert CONTRACT.differences(replace(CONTRACT, code_version="9")) == []
+    assert CONTRACT.differences(replace(CONTRACT, tr=2.5004)) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("space", "MNI", "space: expected native, found MNI"),
+        ("orientation", "LAS", "orientation: expected RAS, found LAS"),
+        ("grid", (40, 20, 2), "grid: expected (40, 20, 1), found (40, 20, 2)"),
+        ("voxel_size", (3.1, 3.75, 3.7), "voxel_size: expected (3.1, 3.75, 3.75), found"),
+        ("tr", 2.0, "tr: expected 2.5, found 2.0"),
+        ("normalization", "minmax", "normalization: expected voxel, found minmax"),
+        ("statistics", "clip", "statistics: expected run, found clip"),
+        ("background", "min", "background: expected 0, found min"),
+    ],
+)
+def test_every_field_of_a_contract_counts(field: str, value: Any, said: str) -> None:
+    (found,) = CONTRACT.differences(replace(CONTRACT, **{field: value}))
+    assert found.startswith(said)
+
+
+def test_contracts_survive_json() -> None:
+    import json
+
+    assert Contract.from_dict(json.loads(json.dumps(CONTRACT.to_dict()))) == CONTRACT
+    with pytest.raises(DataError, match=r"unknown fields \['colour'\]"):
+        Contract.from_dict(CONTRACT.to_dict() | {"colour": 1})
+    short = {k: v for k, v in CONTRACT.to_dict().items() if k != "tr"}
+    with pytest.raises(DataError, match=r"incomplete: .*'tr'"):
+        Contract.from_dict(short)
+
+
+label = st.text("abcXYZ019", min_size=1, max_size=6)
+maybe = st.one_of(st.just(""), label)
+
+
+@given(label, maybe, maybe, maybe, maybe, st.dictionaries(st.sampled_from(["dir", "echo"]), label))
+def test_run_names_are_read_back(
+    subject: str, session: str, task: str, acquisition: str, run: str, extra: dict[str, str]
+) -> None:
+    key = RunKey(subject, session, task, acquisition, run, tuple(extra.items()))
+    assert RunKey.parse(str(key)) == key
+
+
+def test_run_names_look_like_bids() -> None:
+    key = RunKey("01", task="rest", run="2", extra=(("echo", "1"),))
+    assert str(key) == "sub-01_task-rest_run-2_echo-1"
+    for bad in ("", "task-rest", "sub-01_bold", "sub"):
+        with pytest.raises(DataError, match="is no run name"):
+            RunKey.parse(bad)
