@@ -108,9 +108,9 @@ def _train(inputs: Any) -> TrainResult:
 
 
 def _save_split(split: Split, out: Path, world: World) -> None:
-    """Write the split before training; a folder with another one is refused."""
+    """Write the split before training; a run that was started with another one is refused."""
     path = out / SPLIT
-    if path.is_file():
+    if path.is_file() and (out / "recipe.yaml").is_file():
         if Split.load(path).sha != split.sha:
             raise RecipeError(f"{path} is another split than the recipe now makes")
     elif world.main:
@@ -144,7 +144,6 @@ def pretrain(recipe: Recipe, out: Path, *, on_step: OnStep | None = None) -> Tra
     seed_everything(recipe.train.seed)
     model = cast(PretrainingModel, build_model(recipe))
     _fit_grid(model.backbone, table)
-    _save_split(data.split, out, world)
     seen = data.split.train
     if recipe.init_from:
         source = encoder_folder(recipe)
@@ -152,6 +151,7 @@ def pretrain(recipe: Recipe, out: Path, *, on_step: OnStep | None = None) -> Tra
         _check_contract(contract, table, recipe, source)
         seen = sorted({*seen, *earlier})
         _check_leak(earlier, data, ("test",))
+    _save_split(data.split, out, world)
     result = _train(
         TrainerInputs(
             model=model,
@@ -242,6 +242,7 @@ def finetune(
         CheckpointError: ``init_from`` is no model, or expects data preprocessed in another way.
     """
     from fmrizoo.evaluate.clip_features import task_spec
+    from fmrizoo.evaluate.results import FILE, read_result
     from fmrizoo.trainer.device import discover, seed_everything
     from fmrizoo.trainer.inputs import TrainerInputs
 
@@ -281,6 +282,10 @@ def finetune(
     )
     if not world.main or result.model is None:
         return None
+    if result.already_finished and (out / FILE).is_file():
+        tested = read_result(out / FILE)
+        if name in (None, tested.name):
+            return tested
     return evaluate(out, recipe, name=name, seconds=result.seconds)
 
 
@@ -291,7 +296,7 @@ def _check_contract(contract: Any, table: ClipTable, recipe: Recipe, source: Pat
     found = table.contract(recipe.data.normalization)
     if differences := contract.differences(found):
         raise CheckpointError(
-            f"the encoder in {source} was trained on data preprocessed in another way than "
+            f"the model in {source} was trained on data preprocessed in another way than "
             f"{table.store.path}: {'; '.join(differences)}"
         )
 
@@ -333,6 +338,7 @@ def evaluate(
     from fmrizoo.evaluate.predictions import write_predictions
     from fmrizoo.evaluate.results import Parameters, TaskInfo, write_result
     from fmrizoo.evaluate.results import Result as Row
+    from fmrizoo.trainer.export import read_info
     from fmrizoo.zoo import load_recipe
 
     started = time.perf_counter()
@@ -341,6 +347,10 @@ def evaluate(
     if not isinstance(model, DownstreamModel):
         raise CheckpointError(f"{run} holds a pretrained model without a head: fine-tune it first")
     data = replace(_open(recipe), split=Split.load(run / SPLIT))
+    data.split.check(data.store)
+    train = ClipTable.labelled(data.store, data.part("train"), recipe.data, recipe.task)
+    folder = model_folder(run)
+    _check_contract(read_info(folder).contract, train, recipe, folder)
     spec = model.head.task
     parts: dict[str, Any] = {}
     for part in ("validation", "test"):
@@ -349,7 +359,6 @@ def evaluate(
             batches = _whole(table, recipe, spec.classes).epoch()
             parts[part] = predict_units(model.predict, batches)
     write_predictions(run / "predictions.tsv", parts["test"], spec)
-    train = ClipTable.labelled(data.store, data.part("train"), recipe.data, recipe.task)
     guess = chance(
         spec.kind,
         _targets(train, spec),
