@@ -18,17 +18,13 @@ from fmrizoo.backbones.swin4d import Swin4DConfig, stage_grids
 
 def partition(x: Tensor, w: tuple[int, ...]) -> Tensor:
     b, gx, gy, gz, gt, c = x.shape
-    x = x.view(
-        b, gx // w[0], w[0], gy // w[1], w[1], gz // w[2], w[2], gt // w[3], w[3], c
-    )
+    x = x.view(b, gx // w[0], w[0], gy // w[1], w[1], gz // w[2], w[2], gt // w[3], w[3], c)
     return x.permute(0, 1, 3, 5, 7, 2, 4, 6, 8, 9).reshape(-1, w[0] * w[1] * w[2] * w[3], c)
 
 
 def reverse(windows: Tensor, w: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     b, gx, gy, gz, gt = shape
-    x = windows.view(
-        b, gx // w[0], gy // w[1], gz // w[2], gt // w[3], w[0], w[1], w[2], w[3], -1
-    )
+    x = windows.view(b, gx // w[0], gy // w[1], gz // w[2], gt // w[3], w[0], w[1], w[2], w[3], -1)
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4, 8, 9).reshape(b, gx, gy, gz, gt, -1)
 
 

@@ -20,10 +20,10 @@ from fmrizoo.layers.windows import WindowLayout, raster_layout
 
 @dataclass(frozen=True)
 class Order:
-    """A window layout for a batch on one device.
+    """Consecutive rows of a batch in window order, on one device.
 
     Attributes:
-        groups: ``(windows of the whole batch, tokens in each)``, consecutive blocks of rows.
+        groups: ``(windows, tokens in each)``, consecutive blocks of rows.
         padding: ``(rows, 1)`` bool, True where a row is padding; None if no row is.
         sample: ``(rows,)`` which sample a row belongs to.
     """
@@ -31,6 +31,11 @@ class Order:
     groups: tuple[tuple[int, int], ...]
     padding: Tensor | None
     sample: Tensor
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return sum(count * tokens for count, tokens in self.groups)
 
 
 class _Permute(torch.autograd.Function):
@@ -81,7 +86,7 @@ class StagePlan:
             is made of, ``merged`` of them for each.
         merged: How many.
         raster: ``(rows,)`` row-major token of each row (0 for padding).
-        orders: One per block.
+        orders: One list per block: its rows in the pieces that are worked on one after another.
         moves: One per block: gather into that block's order, None = already there.
         leave: From the last block's order to the ``b · n`` row-major tokens.
     """
@@ -89,7 +94,7 @@ class StagePlan:
     enter: Gather
     merged: int
     raster: Tensor
-    orders: list[Order]
+    orders: list[list[Order]]
     moves: list[Gather | None]
     leave: Gather
 
@@ -123,17 +128,39 @@ def neighbours(grid: Sequence[int], factors: Sequence[int]) -> Tensor:
     return index.permute(0, 2, 4, 6, 1, 3, 5).reshape(-1, fx * fy * fz)
 
 
-def _order(layout: WindowLayout, batch: int, device: torch.device) -> Order:
+def _orders(
+    layout: WindowLayout, batch: int, device: torch.device, max_rows: int | None
+) -> list[Order]:
+    """The rows of a batch in pieces of whole windows, of at most ``max_rows`` where it can be."""
     rows = layout.rows(batch)
     sample = torch.empty(rows.numel(), dtype=torch.int64)
     sample[rows] = torch.arange(batch).expand_as(rows)
-    padding = None
-    if layout.is_padded:
-        padding = torch.empty(rows.numel(), 1, dtype=torch.bool)
-        padding[rows] = (layout.raster() < 0).view(-1, 1, 1).expand(-1, batch, 1)
-        padding = padding.to(device)
-    groups = tuple((count * batch, tokens) for count, tokens in layout.groups)
-    return Order(groups, padding, sample.to(device))
+    padding = torch.zeros(rows.numel(), 1, dtype=torch.bool)
+    padding[rows] = (layout.raster() < 0).view(-1, 1, 1).expand(-1, batch, 1)
+    pieces: list[list[tuple[int, int]]] = [[]]
+    room = limit = max_rows or rows.numel()
+    for count, tokens in layout.groups:
+        left = count * batch
+        while left:
+            if room < tokens and pieces[-1]:
+                pieces.append([])
+                room = limit
+            taken = min(left, max(1, room // tokens))
+            pieces[-1].append((taken, tokens))
+            left, room = left - taken, room - taken * tokens
+    orders, start = [], 0
+    for groups in pieces:
+        stop = start + sum(count * tokens for count, tokens in groups)
+        empty = padding[start:stop] if bool(padding[start:stop].any()) else None
+        orders.append(
+            Order(
+                tuple(groups),
+                None if empty is None else empty.to(device),
+                sample[start:stop].to(device),
+            )
+        )
+        start = stop
+    return orders
 
 
 def stage_plan(
@@ -141,6 +168,7 @@ def stage_plan(
     batch: int,
     device: torch.device,
     previous: tuple[WindowLayout, Sequence[int]] | None,
+    max_rows: int | None = None,
 ) -> StagePlan:
     """Plan one stage.
 
@@ -150,6 +178,7 @@ def stage_plan(
         device: Where the indices are kept.
         previous: Last layout of the previous stage and the merge factors along x, y, z;
             None: the input is row-major.
+        max_rows: Rows that are worked on at a time (whole windows); None: all.
     """
     first, last = layouts[0], layouts[-1]
     dense = raster_layout(first.grid)
@@ -174,7 +203,7 @@ def stage_plan(
         enter=gather(chosen, source, first),
         merged=chosen.shape[1],
         raster=token.to(device),
-        orders=[_order(layout, batch, device) for layout in layouts],
+        orders=[_orders(layout, batch, device, max_rows) for layout in layouts],
         moves=moves,
         leave=gather(last.slots(), last, dense),
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from fmrizoo.backbones.swin4d import Swin4D, Swin4DConfig, stage_grids
 
+from fmrizoo.backbones.swin4d import Swin4D, Swin4DConfig, stage_grids
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.types import Grid
 from fmrizoo.weights.swift import load_swift

@@ -72,7 +72,7 @@ def test_moving_between_layouts_keeps_every_token_of_every_sample() -> None:
     assert torch.equal(back, rows)
     first = plan.enter(rows)
     tokens = rows.view(batch, 30, 7)
-    assert torch.equal(first, tokens[plan.orders[0].sample, plan.raster])
+    assert torch.equal(first, tokens[plan.orders[0][0].sample, plan.raster])
 
 
 def test_permutations_have_the_gradient_of_a_gather() -> None:
