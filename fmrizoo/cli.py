@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from fmrizoo import __version__
 from fmrizoo.errors import FmrizooError
@@ -38,8 +39,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
+# Markup and emoji codes off: paths, run names and reasons are printed as they are.
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Recipe values: dotted key=value.", show_default=False)
@@ -57,8 +59,8 @@ def main() -> None:
     try:
         app()
     except FmrizooError as error:
-        err.print("[bold red]error:[/]", end=" ")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        err.print("error:", style="bold red", end=" ")
+        err.print(str(error), highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -84,11 +86,11 @@ def _options(
 def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     """A bar that ``update(done, total, note)`` drives; nothing where stderr is no terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=err, disable=not err.is_terminal) as bar:
         task = bar.add_task(title, total=None, note="")
@@ -202,7 +204,10 @@ def _short(value: Any) -> str:
 
 def _stop_if_interrupted(interrupted: bool, target: Path) -> None:
     if interrupted:
-        err.print(f"interrupted: a checkpoint is in {target}; run the same command to go on")
+        err.print(
+            f"interrupted: a checkpoint is in {target}; run the same command to go on",
+            soft_wrap=True,
+        )
         raise typer.Exit(INTERRUPTED)
 
 
@@ -310,7 +315,7 @@ def report(
     summary = write_report(folders, page, title=title)
     out.print(f"report: {page.resolve()}", soft_wrap=True)
     for line in summary.lines:
-        out.print(f"  {line}", soft_wrap=True, markup=False, highlight=False)
+        out.print(f"  {line}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -331,7 +336,7 @@ def inspect(
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in found.items():
         text = json.dumps(value, indent=1) if isinstance(value, (dict, list)) else str(value)
-        table.add_row(f"[bold]{key}[/]", text)
+        table.add_row(Text(key, style="bold"), text)
     out.print(table)
     if found.get("faults"):
         raise typer.Exit(1)
@@ -379,4 +384,4 @@ def recipe(
     if as_json:
         out.print_json(json.dumps(to_dict(composed)))
     else:
-        out.print(to_yaml(composed), markup=False, highlight=False, soft_wrap=True)
+        out.print(to_yaml(composed), highlight=False, soft_wrap=True)

@@ -263,7 +263,8 @@ def _check_keys(schema: type, values: DictConfig, prefix: str) -> None:
     hints = get_type_hints(schema)
     for key in map(str, values):
         if key not in hints:
-            raise RecipeError(f"unknown key '{prefix}{key}'.{suggest(key, list(hints))}")
+            shown = key if len(key) <= 60 else f"{key[:60]}…"
+            raise RecipeError(f"unknown key '{prefix}{shown}'.{suggest(key, list(hints))}")
         if is_dataclass(hints[key]):
             if not isinstance(values[key], DictConfig):
                 raise RecipeError(
@@ -302,6 +303,12 @@ def _overrides(items: Sequence[str]) -> DictConfig:
         raise RecipeError(f"overrides {list(items)}: {str(error).splitlines()[0]}") from None
 
 
+def _mappings(items: Sequence[str]) -> list[str]:
+    """Dotted keys whose override is a mapping written in braces."""
+    pairs = (item.partition("=") for item in items)
+    return [key for key, _, value in pairs if "." in key and value.lstrip().startswith("{")]
+
+
 def compose(source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Compose and check a recipe (names are resolved by :func:`fmrizoo.zoo.load_recipe`).
 
@@ -320,7 +327,11 @@ def compose(source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> Rec
     else:
         base = _read(source)
     try:
-        merged = _merge(base, _overrides(overrides))
+        given = _overrides(overrides)
+        merged = _merge(base, given)
+        for key in _mappings(overrides):
+            # data.select={run: 1} says what is selected, not what is added to the selection.
+            OmegaConf.update(merged, key, OmegaConf.select(given, key), merge=False)
         OmegaConf.resolve(merged)
     except OmegaConfBaseException as error:
         raise RecipeError(str(error).splitlines()[0]) from None

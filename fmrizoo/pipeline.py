@@ -107,14 +107,19 @@ def _train(inputs: Any) -> TrainResult:
     return train(inputs)
 
 
-def _save_split(split: Split, out: Path, world: World) -> None:
+def _save_split(split: Split, out: Path, recipe: Recipe, world: World) -> None:
     """Write the split before training; a run that was started with another one is refused."""
+    from fmrizoo.trainer.device import resolve_device
+    from fmrizoo.trainer.engine import micro_batch
+
+    # What the trainer would refuse at once is refused before anything is written.
+    micro_batch(recipe.train, world)
+    resolve_device(recipe.train.device, world)
     path = out / SPLIT
     if path.is_file() and (out / "recipe.yaml").is_file():
         if Split.load(path).sha != split.sha:
             raise RecipeError(f"{path} is another split than the recipe now makes")
     elif world.main:
-        out.mkdir(parents=True, exist_ok=True)
         split.save(path)
 
 
@@ -151,7 +156,7 @@ def pretrain(recipe: Recipe, out: Path, *, on_step: OnStep | None = None) -> Tra
         _check_contract(contract, table, recipe, source)
         seen = sorted({*seen, *earlier})
         _check_leak(earlier, data, ("test",))
-    _save_split(data.split, out, world)
+    _save_split(data.split, out, recipe, world)
     result = _train(
         TrainerInputs(
             model=model,
@@ -265,7 +270,7 @@ def finetune(
         _check_leak(earlier, data, ("validation", "test"))
         seen = sorted({*seen, *earlier})
     model = DownstreamModel(backbone, HEADS.build(recipe.head, backbone=backbone, task=spec))
-    _save_split(data.split, out, world)
+    _save_split(data.split, out, recipe, world)
     result = _train(
         TrainerInputs(
             model=model,
