@@ -170,6 +170,7 @@ def test_overrides_that_are_no_yaml() -> None:
         ("- train\n- data\n", "is not a YAML mapping of recipe sections"),
         ("3\n", "is not a YAML"),
         ("hello\n", "unknown key 'hello'"),
+        ("word " * 40, r"unknown key '(word ){12}…'"),
         ("defaults: base\n", "'defaults' must be a list of recipe files"),
         ("defaults: null\n", "'defaults' must be a list"),
         ("defaults: 3\n", "'defaults' must be a list"),
@@ -202,6 +203,18 @@ def test_none_leaves_a_component_out_and_can_take_it_away() -> None:
     assert compose(base, ["objective=null"]).objective is None
     swapped = compose(base, ["objective=null", "head=linear"])
     assert swapped.objective is None and swapped.head.name == "linear"
+
+
+def test_a_mapping_given_as_an_override_replaces_the_recipe_s() -> None:
+    base = {"data": {"select": {"acquisition": "1slice"}, "threads": 3}}
+    for override, select in (
+        ("data.select={}", {}),
+        ("data.select={run: 1}", {"run": "1"}),
+        ("data.select.run=1", {"acquisition": "1slice", "run": "1"}),
+    ):
+        data = compose(base, [override]).data
+        assert (data.select, data.threads) == (select, 3)
+    assert compose(base, ["data={clip_frames: 4}"]).data.threads == 3, "a section is merged"
 
 
 def test_objective_and_head_exclude_each_other() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fmrizoo.objectives.decoders import DECODERS, LinearDecoder, MLPDecoder, build_decoder
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmrizoo.objectives.decoders import DECODERS, LinearDecoder, MLPDecoder, build_decoder
 from fmrizoo.types import Features, Grid
 
 WIDTH = 6

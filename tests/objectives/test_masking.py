@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fmrizoo.objectives.masking import MASK_TYPES, cell_factors, draw_mask
 from torch import Tensor
 
 from fmrizoo.errors import RecipeError
+from fmrizoo.objectives.masking import MASK_TYPES, cell_factors, draw_mask
 from fmrizoo.types import Grid
 
 ONE = (1, 1, 1, 1)
