@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import fmrizoo.zoo  # noqa: F401  fills the registries
 from fmrizoo.config import Recipe, compose, to_dict, to_yaml
 from fmrizoo.errors import RecipeError
 
