@@ -32,7 +32,7 @@ from fmrizoo.registry import register_backbone
 from fmrizoo.types import Backbone, Features, Grid, Tokens
 
 # Of the widest activation (in the MLP) of the windows that a CPU works on at a time in fp32.
-PIECE_BYTES = 1 << 22
+PIECE_BYTES = 1 << 23
 
 
 @dataclass
@@ -59,16 +59,22 @@ class Swin4DConfig:
     final_norm: bool = False  # v2: apply the last LayerNorm (v1 carries but never applies it)
 
     def __post_init__(self) -> None:
-        for key in ("img_size", "patch_size", "window_size"):
+        for key in ("img_size", "patch_size", "window_size", "first_window_size"):
             value = getattr(self, key)
+            if value is None:
+                continue
             if len(value) != 4 or any(v < 1 for v in value):
                 raise RecipeError(
                     f"backbone.{key} needs four positive numbers (x, y, z, t), got {list(value)}"
                 )
-        if self.first_window_size is not None and len(self.first_window_size) != 4:
-            raise RecipeError(
-                f"backbone.first_window_size needs four numbers, got {self.first_window_size}"
-            )
+        for key in ("in_chans", "embed_dim", "c_mult", "mlp_ratio"):
+            if getattr(self, key) <= 0:
+                raise RecipeError(f"backbone.{key} must be > 0, got {getattr(self, key)}")
+        for key in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
+            if not 0 <= getattr(self, key) < 1:
+                raise RecipeError(f"backbone.{key} must be in [0, 1), got {getattr(self, key)}")
+        if any(depth < 1 for depth in self.depths):
+            raise RecipeError(f"backbone.depths must all be ≥ 1, got {list(self.depths)}")
         if not self.depths or len(self.depths) != len(self.num_heads):
             raise RecipeError(
                 f"backbone.depths {list(self.depths)} and num_heads {list(self.num_heads)} "

@@ -1,10 +1,8 @@
 """Softmax attention inside windows, with what is fastest on each device.
 
-Measured on CPUs (``benchmarks/swin4d.py``): PyTorch's fused kernel has the faster forward pass in
-fp32 and the slower one in bf16; its backward pass is at best even with explicit products over a
-few windows at a time (small enough for the cache, formed again instead of kept), and 2–5 times
-slower in bf16. The explicit form also writes its gradients where they belong, without the copies
-that splitting and joining the windows would cost.
+Measured on CPUs: PyTorch's fused kernel is the fastest in fp32. In bf16 explicit products over a
+few windows at a time (small enough for the cache, formed again in the backward pass instead of
+kept) are faster forward, and 2–5 times faster backward. Neither keeps any attention weights.
 """
 
 from __future__ import annotations
@@ -34,8 +32,8 @@ def attend_windows(
     Returns:
         ``(rows, d)`` in the dtype of ``qkv``.
     """
-    if qkv.device.type == "cpu" and not dropout:
-        mixed: Tensor = _CPUAttention.apply(qkv, tuple(groups), heads, scale)
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and not dropout:
+        mixed: Tensor = _ExplicitAttention.apply(qkv, tuple(groups), heads, scale)
         return mixed
     parts = [_fused(block, scale, dropout) for block in _windows(qkv, groups, 3, heads)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -59,7 +57,7 @@ def _fused(qkv: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     return out[..., :width].transpose(1, 2).reshape(-1, qkv.shape[3] * width)
 
 
-class _CPUAttention(torch.autograd.Function):
+class _ExplicitAttention(torch.autograd.Function):
     """Keeps nothing but ``qkv`` for the backward pass."""
 
     @staticmethod
@@ -67,10 +65,7 @@ class _CPUAttention(torch.autograd.Function):
         out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
         targets = _windows(out, groups, 1, heads)
         for source, target in zip(_windows(qkv, groups, 3, heads), targets, strict=True):
-            if qkv.dtype == torch.bfloat16:
-                _explicit(source, target, scale)
-            else:
-                target.copy_(_fused(source, scale).view(target.shape))
+            _explicit(source, target, scale)
         ctx.save_for_backward(qkv)
         ctx.settings = (groups, heads, scale)
         return out

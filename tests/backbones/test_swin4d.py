@@ -202,7 +202,11 @@ def test_shorter_clips_use_the_first_times_and_longer_ones_are_refused() -> None
         ({"depths": [2, 2]}, "one number per stage"),
         ({"img_size": [96, 96, 96, 21], "patch_size": [6, 6, 6, 2]}, "does not divide into"),
         ({"patch_size": [6, 6, 6]}, "four positive numbers"),
-        ({"first_window_size": [2, 2]}, "four numbers"),
+        ({"first_window_size": [2, 2]}, "four positive numbers"),
+        ({"first_window_size": [0, 0, 0, 0]}, "four positive numbers"),
+        ({"embed_dim": 0}, "embed_dim must be > 0"),
+        ({"depths": [2, 0, 6, 2]}, "all be ≥ 1"),
+        ({"drop_rate": 3.0}, r"drop_rate must be in \[0, 1\)"),
     ],
 )
 def test_impossible_configurations_are_refused(values: dict[str, Any], message: str) -> None:
