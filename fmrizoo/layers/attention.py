@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CACHE_BYTES = 1 << 21  # attention weights formed at a time by the explicit kernel
+CACHE_BYTES = 1 << 23  # attention weights formed at a time by the explicit kernel
 Groups = Sequence[tuple[int, int]]
 
 
