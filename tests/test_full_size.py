@@ -1,4 +1,4 @@
-"""The real size: a synthetic 3 mm MNI run → 96³ at 2 mm → SwiFT's released configuration, in bf16."""
+"""Real size: a synthetic 3 mm MNI run → 96³ at 2 mm → SwiFT's released configuration in bf16."""
 
 from __future__ import annotations
 
