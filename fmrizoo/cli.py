@@ -166,6 +166,14 @@ def _jobs(
     return jobs
 
 
+def _told_once(jobs: list[_Job]) -> Iterator[_Job]:
+    """The jobs one by one; what the first says about itself holds for the others."""
+    for number, job in enumerate(jobs):
+        if number == 1:
+            logging.getLogger("fmrizoo").setLevel("WARNING")
+        yield job
+
+
 @app.command()
 def pretrain(
     recipe: RecipeName,
@@ -178,7 +186,7 @@ def pretrain(
     """Train a backbone with an objective; the same command resumes."""
     from fmrizoo.pipeline import pretrain as run
 
-    for job in _jobs(recipe, overrides, folder, every_fold, seeds):
+    for job in _told_once(_jobs(recipe, overrides, folder, every_fold, seeds)):
         with _progress(f"pretrain {job.label}") as update:
             result = run(job.recipe, job.folder, on_step=_step_note(update))
         _stop_if_interrupted(result.interrupted, job.folder)
@@ -227,7 +235,7 @@ def finetune(
     from fmrizoo.pipeline import finetune as run
 
     results = []
-    for job in _jobs(recipe, overrides, folder, every_fold, seeds):
+    for job in _told_once(_jobs(recipe, overrides, folder, every_fold, seeds)):
         with _progress(f"finetune {job.label}") as update:
             result = run(job.recipe, job.folder, name=name, on_step=_step_note(update))
         if result is None:
