@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -341,13 +341,36 @@ def inspect(
     if as_json:
         out.print_json(json.dumps(found))
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in found.items():
-        text = json.dumps(value, indent=1) if isinstance(value, (dict, list)) else str(value)
-        table.add_row(Text(key, style="bold"), text)
-    out.print(table)
+    out.print(_outline(found))
     if found.get("faults"):
         raise typer.Exit(1)
+
+
+def _outline(values: dict[str, Any]) -> Table:
+    """Keys beside their values; nested mappings as tables of their own, lists on one line."""
+    table = Table.grid(padding=(0, 2))
+    for key, value in values.items():
+        shown: Any = Text(_plain(value))
+        if isinstance(value, dict) and value:
+            shown = _outline(value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            shown = Group(*(Text(_plain(item)) for item in value))
+        table.add_row(Text(key.replace("_", " "), style="bold"), shown)
+    return table
+
+
+def _plain(value: Any) -> str:
+    """A value as a person would write it; long lists are cut short and counted."""
+    if value is None or value in ([], {}):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        rest = f" … {len(value)} in all" if len(value) > 8 else ""
+        return ", ".join(_plain(v) for v in value[:8]) + rest
+    return str(value)
 
 
 @app.command("list")
