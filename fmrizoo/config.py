@@ -153,6 +153,7 @@ class TrainConfig:
     steps: int = 1000  # optimizer steps
     batch_size: int = 8  # clips per optimizer step over all ranks
     accumulate: int = 1  # gradient accumulation: batch_size = ranks × accumulate × micro-batch
+    max_micro_batch: int = 0  # clips a rank takes at a time; accumulates as it must; 0: no limit
     lr: float = 1e-4  # peak learning rate
     warmup: float = 0.01  # share of the steps with linearly rising rate
     min_lr_ratio: float = 0.01  # the cosine ends at lr × this
@@ -171,6 +172,15 @@ class TrainConfig:
     device: str = "auto"  # auto | cpu | cuda | xpu
 
     def __post_init__(self) -> None:
+        _require(
+            self.max_micro_batch >= 0,
+            f"train.max_micro_batch must be ≥ 0, got {self.max_micro_batch}",
+        )
+        _require(
+            not (self.max_micro_batch and self.accumulate > 1),
+            f"train.accumulate={self.accumulate} and train.max_micro_batch="
+            f"{self.max_micro_batch} both set the accumulation: give one of them",
+        )
         _one_of("train.precision", self.precision, ("fp32", "bf16"))
         _one_of("train.checkpointing", self.checkpointing, ("none", "block"))
         _one_of("train.device", self.device, ("auto", "cpu", "cuda", "xpu"))

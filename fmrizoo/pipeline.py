@@ -98,7 +98,8 @@ def _whole(table: ClipTable, recipe: Recipe, classes: Sequence[str] = ()) -> Loa
 
 
 def _eval_batch(recipe: Recipe) -> int:
-    return max(1, recipe.train.batch_size // recipe.train.accumulate)
+    train = recipe.train
+    return train.max_micro_batch or max(1, train.batch_size // train.accumulate)
 
 
 def _train(inputs: Any) -> TrainResult:

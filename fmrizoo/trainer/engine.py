@@ -35,18 +35,28 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _INNER = "deepspeed"  # DeepSpeed's tag inside a checkpoint folder
 
 
+def accumulation(train: TrainConfig, world: World) -> int:
+    """Micro-steps per optimizer step: ``accumulate``, or as few as ``max_micro_batch`` allows."""
+    if not train.max_micro_batch:
+        return train.accumulate
+    per_rank = max(1, train.batch_size // world.size)
+    divisors = (n for n in range(1, per_rank + 1) if per_rank % n == 0)
+    return next(n for n in divisors if per_rank // n <= train.max_micro_batch)
+
+
 def micro_batch(train: TrainConfig, world: World) -> int:
     """Clips per rank and micro-step.
 
     Raises:
         RecipeError: the batch cannot be divided over ranks and accumulation.
     """
-    parts = world.size * train.accumulate
+    steps = accumulation(train, world)
+    parts = world.size * steps
     if train.batch_size % parts:
         near = max(parts, round(train.batch_size / parts) * parts)
         raise RecipeError(
             f"train.batch_size={train.batch_size} cannot be divided over {world.size} ranks × "
-            f"{train.accumulate} accumulation steps; use a multiple of {parts}, for example {near}"
+            f"{steps} accumulation steps; use a multiple of {parts}, for example {near}"
         )
     return train.batch_size // parts
 
@@ -100,7 +110,7 @@ def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[
         zero["stage3_prefetch_bucket_size"] = bucket
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch(train, world),
-        "gradient_accumulation_steps": train.accumulate,
+        "gradient_accumulation_steps": accumulation(train, world),
         "gradient_clipping": float(train.clip_norm),
         "zero_optimization": zero,
         "bf16": {"enabled": train.precision == "bf16", "immediate_grad_update": True},

@@ -29,7 +29,7 @@ from fmrizoo.trainer.device import (
     seed_everything,
     set_rng_state,
 )
-from fmrizoo.trainer.engine import Engine, micro_batch, set_checkpointing
+from fmrizoo.trainer.engine import Engine, accumulation, micro_batch, set_checkpointing
 from fmrizoo.trainer.export import ModelInfo, save_model
 from fmrizoo.trainer.files import writing
 from fmrizoo.trainer.folder import MetricsFile, RunFolder, describe, read_metrics, recipe_hash
@@ -78,6 +78,7 @@ class _Run:
         self.inputs, self.stop = inputs, stop
         self.cfg, self.world = inputs.recipe.train, inputs.world
         self.micro = micro_batch(self.cfg, self.world)
+        self.accumulate = accumulation(self.cfg, self.world)
         self.device = resolve_device(self.cfg.device, self.world)
         self.folder = RunFolder(inputs.out)
         self.hash = recipe_hash(inputs.recipe)
@@ -188,7 +189,7 @@ class _Run:
         if self.step == self.cfg.steps:
             return False
         stream = self.inputs.loader_for(self.world, self.micro)
-        batches = stream.batches(start=self.step * self.cfg.accumulate)
+        batches = stream.batches(start=self.step * self.accumulate)
         self.inputs.model.train()
         try:
             while self.step < self.cfg.steps:
@@ -207,7 +208,7 @@ class _Run:
         began = time.monotonic()
         sums: dict[str, Tensor] = {}
         subjects: list[str] = []
-        for _ in range(self.cfg.accumulate):
+        for _ in range(self.accumulate):
             batch = next(batches).to_batch(self.device, dtype=self.engine.dtype)
             subjects += batch.subject
             loss, logs = self.engine.accumulate(batch)
@@ -233,7 +234,7 @@ class _Run:
         values = cast(list[float], torch.stack(list(sums.values())).tolist())
         finite = all(math.isfinite(v) for n, v in zip(sums, values, strict=True) if n == "loss")
         bad, stop, *totals = self.reduced([float(not finite), float(self.stop.requested), *values])
-        count = self.cfg.accumulate * self.world.size
+        count = self.accumulate * self.world.size
         means = {name: total / count for name, total in zip(sums, totals, strict=True)}
         return bad > 0, stop > 0, means
 
@@ -327,7 +328,7 @@ class _Run:
         torch.save(rng_state(self.device), partial / _rng_name(self.world.rank))
         dist.barrier()
         if self.world.main:
-            micro = self.step * self.cfg.accumulate
+            micro = self.step * self.accumulate
             state = RunState(
                 self.step, micro, self.world.size, self._seconds(), self.hash, self.best
             )

@@ -13,7 +13,7 @@ from trainer_tiny import Slope, Slopes, TinyStream, inputs, reference, rows, tin
 from fmrizoo.config import Recipe
 from fmrizoo.errors import RecipeError
 from fmrizoo.trainer.device import World
-from fmrizoo.trainer.engine import deepspeed_config, micro_batch, param_groups
+from fmrizoo.trainer.engine import accumulation, deepspeed_config, micro_batch, param_groups
 from fmrizoo.trainer.export import read_model
 from fmrizoo.trainer.loop import TrainerInputs, train
 
@@ -110,3 +110,36 @@ def test_written_config_leaves_nothing_to_defaults() -> None:
     assert "scheduler" not in config and "optimizer" not in config
     bf16 = train_config(precision="bf16", zero_stage=0)
     assert deepspeed_config(bf16, World(), 10)["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "ranks", "expected"),
+    [
+        (384, 4, 1, (96, 4)),
+        (384, 4, 96, (1, 4)),
+        (384, 16, 12, (2, 16)),
+        (6, 4, 1, (2, 3)),
+        (7, 2, 1, (7, 1)),
+        (8, 0, 2, (1, 4)),
+    ],
+)
+def test_accumulation_is_as_short_as_the_micro_batch_allows(
+    batch: int, limit: int, ranks: int, expected: tuple[int, int]
+) -> None:
+    config = train_config(batch_size=batch, max_micro_batch=limit, accumulate=1)
+    world = World(0, ranks, 0, "test")
+    assert (accumulation(config, world), micro_batch(config, world)) == expected
+
+
+def test_a_limited_micro_batch_trains_like_the_accumulation_it_stands_for(tmp_path: Path) -> None:
+    base = train_config()
+    limit = base.batch_size // base.accumulate
+    train(inputs(tmp_path / "a"))
+    train(inputs(tmp_path / "b", accumulate=1, max_micro_batch=limit))
+    losses = [[r["loss"] for r in rows(tmp_path / name)] for name in ("a", "b")]
+    assert base.accumulate > 1 and losses[0] == losses[1]
+
+
+def test_accumulation_is_set_in_one_way_only() -> None:
+    with pytest.raises(RecipeError, match="give one of them"):
+        train_config(accumulate=2, max_micro_batch=2)
