@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console, Group
@@ -61,7 +61,18 @@ def main() -> None:
     except FmrizooError as error:
         err.print("error:", style="bold red", end=" ")
         err.print(str(error), highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _end(1)
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        _end(end.code)
+
+
+def _end(code: int) -> NoReturn:
+    device = sys.modules.get("fmrizoo.trainer.device")
+    if device is not None:
+        device.end_rank(code)
+    sys.exit(code)
 
 
 def _version(asked: bool) -> None:

@@ -42,8 +42,8 @@ from fmrizoo.data.codec import (
     frame_seed,
     mask_to_runs,
 )
-from fmrizoo.data.files import PART, publish
 from fmrizoo.errors import DataError
+from fmrizoo.files import PART, publish
 
 FORMAT = "fmrizoo.bold/1"
 SMALL = ("mask_runs", "offset", "scale", "spread", "mean", "std", "crc32")

@@ -19,13 +19,13 @@ from typing import Any
 from fmrizoo.config import PrepareConfig
 from fmrizoo.data.bids import RunFile, find_runs
 from fmrizoo.data.confounds import check_strategy
-from fmrizoo.data.files import PART, write_atomic
 from fmrizoo.data.hdf5 import SubjectWriter
 from fmrizoo.data.process import fingerprint, process, settings_of
 from fmrizoo.data.reader import RunReader
 from fmrizoo.data.sample import resolve_source
 from fmrizoo.data.store import INDEX, PARTICIPANTS, read_index, write_index
 from fmrizoo.errors import CorruptStoreError, DataError
+from fmrizoo.files import PART, write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from fmrizoo.config import PrepareConfig
 from fmrizoo.data.bids import RunFile
 from fmrizoo.data.codec import Encoded, encode
 from fmrizoo.data.confounds import load_confounds, regress
-from fmrizoo.data.files import sha256_of
 from fmrizoo.data.nifti import LoadedRun, load_run, read_events
 from fmrizoo.data.spatial import place, voxel_size
 from fmrizoo.errors import DataError
+from fmrizoo.files import sha256_of
 from fmrizoo.types import Contract
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fmrizoo.config import SplitConfig
-from fmrizoo.data.files import canonical, write_atomic
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
+from fmrizoo.files import canonical, write_atomic
 from fmrizoo.types import RunKey
 
 SCHEMA = "fmrizoo.split/1"

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from fmrizoo.data.files import canonical, write_atomic
 from fmrizoo.data.reader import RunReader
 from fmrizoo.errors import CorruptStoreError, DataError
+from fmrizoo.files import canonical, write_atomic
 from fmrizoo.registry import suggest
 from fmrizoo.types import Contract, RunKey
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fmrizoo.data.files import write_atomic
 from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
+from fmrizoo.files import write_atomic
 from fmrizoo.types import TaskSpec
 
 _FIXED = ["unit", "subject", "run", "target", "predicted", "n_clips"]

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fmrizoo.data.files import write_atomic
 from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
 from fmrizoo.evaluate.metrics import Values
+from fmrizoo.files import write_atomic
 
 SCHEMA = "fmrizoo.result/1"
 FILE = "results.json"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fmrizoo import __version__
-from fmrizoo.data.files import write_atomic
 from fmrizoo.evaluate import metrics
 from fmrizoo.evaluate.summary import Row
+from fmrizoo.files import write_atomic
 from fmrizoo.report import figures, pictures, sections
 from fmrizoo.report.collect import Evidence, Run, collect
 from fmrizoo.report.figures import Image

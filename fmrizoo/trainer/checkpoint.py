@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from fmrizoo.errors import CheckpointError
+from fmrizoo.files import sha256_of, sync_file, sync_folder, write_json, write_text
 from fmrizoo.trainer.export import ModelInfo as ModelInfo
 from fmrizoo.trainer.export import read_info as read_info
 from fmrizoo.trainer.export import read_model as read_model
 from fmrizoo.trainer.export import save_model as save_model
-from fmrizoo.trainer.files import sha256, sync_file, sync_folder, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def seal(checkpoints: Path, state: RunState, keep: int) -> Path:
         sync_file(path)
         listed[path.relative_to(partial).as_posix()] = {
             "bytes": path.stat().st_size,
-            "sha256": sha256(path),
+            "sha256": sha256_of(path),
         }
     write_json(partial / MANIFEST, {"schema": "fmrizoo.checkpoint/1", "files": listed})
     final = checkpoints / name_of(state.step)
@@ -128,7 +128,7 @@ def faults(folder: Path) -> list[str]:
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != size:
             wrong.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        elif sha256(path) != digest:
+        elif sha256_of(path) != digest:
             wrong.append(f"{name} has another checksum")
     if STATE not in wanted:
         wrong.append(f"{STATE} is not listed")

@@ -291,6 +291,27 @@ def init_distributed(world: World, device: torch.device, *, timeout_minutes: flo
     )
 
 
+def end_rank(code: int) -> None:
+    """End this process now if it is one of several ranks; return otherwise.
+
+    The process group's threads can outlive the interpreter: a rank that has done its work then ends
+    with SIGABRT, and its launcher calls the whole job failed. So a rank leaves without taking the
+    interpreter down piece by piece.
+    """
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    if code == 0:
+        # All ranks are here: none may close its connections while another still talks to it.
+        dist.barrier()
+        dist.destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def rendezvous(env: Mapping[str, str], world: World) -> tuple[str, int]:
     """Host name and port on which rank 0 listens.
 

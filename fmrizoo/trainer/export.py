@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fmrizoo import __version__
 from fmrizoo.errors import CheckpointError, FmrizooError
-from fmrizoo.trainer.files import publish, sha256, write_json, writing
+from fmrizoo.files import publish, sha256_of, write_json
+from fmrizoo.trainer.files import writing
 from fmrizoo.types import Contract, TaskSpec
 
 WEIGHTS = "model.safetensors"
@@ -111,7 +112,7 @@ def save_model(folder: Path, model: nn.Module | Mapping[str, Tensor], info: Mode
     with writing("the model", folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={"format": "pt"})
-        done = replace(info, parameters=count, sha256=sha256(temporary))
+        done = replace(info, parameters=count, sha256=sha256_of(temporary))
         publish(temporary, folder / WEIGHTS)
         write_json(folder / CONFIG, done.to_dict())
     return done
@@ -144,7 +145,7 @@ def read_model(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     path = folder / WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {WEIGHTS}")
-    if (found := sha256(path)) != info.sha256:
+    if (found := sha256_of(path)) != info.sha256:
         raise CheckpointError(
             f"{path} is damaged or belongs to another {CONFIG}: its SHA-256 is {found[:12]}…, "
             f"{CONFIG} says {info.sha256[:12]}…; copy or export the model again"

@@ -18,8 +18,9 @@ from yaml import YAMLError
 
 from fmrizoo.config import Recipe, to_dict, to_yaml
 from fmrizoo.errors import CheckpointError, RecipeError
+from fmrizoo.files import sync_file, write_json, write_text
 from fmrizoo.trainer.device import World, environment
-from fmrizoo.trainer.files import sync_file, write_json, write_text, writing
+from fmrizoo.trainer.files import writing
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fmrizoo.config import Recipe, TrainConfig
-from fmrizoo.trainer.device import World
+from fmrizoo.trainer.device import World, end_rank
 from fmrizoo.trainer.engine import param_groups
 from fmrizoo.trainer.loop import TrainerInputs
 from fmrizoo.trainer.schedule import factor
@@ -261,6 +261,7 @@ def _child(rank: int, work: Callable[..., Any], size: int, port: int, out: str, 
         Path(out, f"error-{rank}.txt").write_text(traceback.format_exc())
         raise
     torch.save(answer, Path(out, f"answer-{rank}.pt"))
+    end_rank(0)
 
 
 def on_ranks(out: Path, work: Callable[..., Any], *args: Any, size: int = 2) -> list[Any]:

@@ -15,7 +15,7 @@ PART = ".part"  # suffix of a file that is being written; never read, removed by
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut."""
+    """Make renames inside ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,36 +23,61 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def publish(temporary: Path, final: Path, *, read_only: bool = False) -> None:
-    """Flush ``temporary`` to disk and rename it to ``final``."""
-    with open(temporary, "rb") as file:
+def sync_file(path: Path) -> None:
+    """Make the content of ``path`` survive a power cut."""
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
+
+
+def publish(temporary: Path, final: Path, *, read_only: bool = False) -> None:
+    """Flush ``temporary`` to disk and give it the name ``final`` in one step."""
+    sync_file(temporary)
     if read_only:
         os.chmod(temporary, 0o444)
     os.replace(temporary, final)
     sync_folder(final.parent)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def replace_content(path: Path, content: bytes) -> None:
     """Write a small file; a reader sees the old content or the new, never a part.
 
     Raises:
-        DataError: the folder cannot be written or the disk is full (the old file is untouched).
+        OSError: the folder cannot be written or the disk is full (the old file is untouched).
     """
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
         os.chmod(temporary, 0o644)
         publish(temporary, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """:func:`replace_content` of UTF-8 text."""
+    replace_content(path, text.encode())
+
+
+def write_json(path: Path, values: Any) -> None:
+    """:func:`replace_content` of indented JSON (NaN and infinities are refused)."""
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """:func:`replace_content` that makes the folder and fails in one sentence.
+
+    Raises:
+        DataError: the folder cannot be written or the disk is full (the old file is untouched).
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_content(path, content)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def canonical(values: Any) -> bytes:
