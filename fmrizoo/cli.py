@@ -204,7 +204,8 @@ def pretrain(
         shown = {"loss": result.metrics.get("loss"), "validation": result.validation}
         text = ", ".join(f"{k} {_short(v)}" for k, v in shown.items() if v)
         note = " (was finished before)" if result.already_finished else ""
-        out.print(f"{job.folder}: step {result.step}, {text}{note}", soft_wrap=True)
+        if _is_main():
+            out.print(f"{job.folder}: step {result.step}, {text}{note}", soft_wrap=True)
 
 
 def _step_note(update: Callable[[int, int, str], None]) -> Callable[[StepEvent], None]:
