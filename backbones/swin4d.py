@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import ceil, prod
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from fmrizoo.layers.plan import Order, StagePlan, neighbours, stage_plan
 from fmrizoo.layers.positions import PositionEmbedding
 from fmrizoo.layers.windows import WindowLayout, effective_window, window_layout
 from fmrizoo.registry import register_backbone
-from fmrizoo.types import Backbone, Features, Grid, Tokens
+from fmrizoo.types import Backbone, Features, Grid, Tokens, check_checkpointing
 
 # Of the widest activation (in the MLP) of the windows that a CPU works on at a time in fp32.
 PIECE_BYTES = 1 << 23
@@ -258,8 +258,6 @@ class Swin4D(Backbone):
     their background at the end of x, y, z. Clips may be shorter than ``img_size[3]``, never longer.
     """
 
-    supports: ClassVar[frozenset[str]] = frozenset()
-
     def __init__(self, config: Swin4DConfig) -> None:
         super().__init__()
         self.config = config
@@ -304,11 +302,16 @@ class Swin4D(Backbone):
 
     def set_checkpointing(self, mode: str) -> None:
         """``none``, or ``block``: recompute blocks in the backward pass, some windows at a time."""
-        if mode not in ("none", "block"):
-            raise RecipeError(f"checkpointing must be none or block, got {mode!r}")
-        self.checkpointing = mode
+        self.checkpointing = check_checkpointing(mode)
 
-    def tokenize(self, bold: Tensor, mask: Tensor | None = None) -> Tokens:
+    def tokenize(
+        self,
+        bold: Tensor,
+        mask: Tensor | None = None,
+        *,
+        background: Tensor | None = None,
+        tr: Tensor | None = None,
+    ) -> Tokens:
         """Patch embedding of ``bold (b, c, x, y, z, t)``; every patch is a token.
 
         Raises:
@@ -405,7 +408,7 @@ class Swin4D(Backbone):
         """Suffixes of the Linear modules that low-rank adapters may wrap."""
         return ("attn.qkv", "attn.proj", "mlp.linear1", "mlp.linear2")
 
-    def flops(self, grid: Grid) -> dict[str, int]:
+    def flops(self, grid: Grid, mask: Tensor | None = None) -> dict[str, int]:
         """FLOPs (2 per multiply-add) of the forward pass of one clip, matrix products only.
 
         ``grid`` voxels and frames of the clip; padding is counted as it is computed.

@@ -20,6 +20,7 @@ from yaml import YAMLError
 from fmrizoo.errors import RecipeError
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, Registry, suggest
 
+CHECKPOINTING = ("none", "block", "window-chunk")
 NORMALIZATIONS = ("znorm_minback", "znorm_zeroback", "minmax", "robust", "voxel", "none")
 
 
@@ -163,7 +164,7 @@ class TrainConfig:
     clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
     precision: str = "fp32"  # fp32 | bf16 (bf16 weights, fp32 master weights and gradient sums)
     zero_stage: int = 1  # DeepSpeed ZeRO 0–3
-    checkpointing: str = "none"  # activations: none | block (recomputed in the backward pass)
+    checkpointing: str = "none"  # activations: none | block | window-chunk: recomputed backward
     seed: int = 0  # initialisation, order, masks, dropout
     log_every: int = 1  # steps between two lines of metrics.jsonl
     save_every: int = 0  # steps between two checkpoints; 0: at the end only
@@ -182,7 +183,7 @@ class TrainConfig:
             f"{self.max_micro_batch} both set the accumulation: give one of them",
         )
         _one_of("train.precision", self.precision, ("fp32", "bf16"))
-        _one_of("train.checkpointing", self.checkpointing, ("none", "block"))
+        _one_of("train.checkpointing", self.checkpointing, CHECKPOINTING)
         _one_of("train.device", self.device, ("auto", "cpu", "cuda", "xpu"))
         _require(self.zero_stage in (0, 1, 2, 3), f"train.zero_stage is 0–3, got {self.zero_stage}")
         for key in ("steps", "batch_size", "accumulate", "log_every", "keep"):

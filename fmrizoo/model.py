@@ -9,21 +9,11 @@ from fmrizoo.errors import RecipeError
 from fmrizoo.types import Backbone, Batch, Features, Head, Objective, Reconstruction
 
 
-def check_pair(backbone: Backbone, objective: Objective) -> None:
-    """Refuse an objective that asks for what the backbone does not declare."""
-    if missing := objective.needs - backbone.supports:
-        raise RecipeError(
-            f"{type(objective).__name__} needs a backbone that is {', '.join(sorted(missing))}; "
-            f"{type(backbone).__name__} is not"
-        )
-
-
 class PretrainingModel(nn.Module):
     """``loss, logs = model(batch)`` for a backbone and an objective."""
 
     def __init__(self, backbone: Backbone, objective: Objective) -> None:
         super().__init__()
-        check_pair(backbone, objective)
         self.backbone = backbone
         self.objective = objective
 
@@ -35,6 +25,10 @@ class PretrainingModel(nn.Module):
     def reconstruct(self, batch: Batch) -> Reconstruction:
         """What the model fills in (no gradients)."""
         return self.objective.reconstruct(self.backbone, batch)
+
+    def forecast(self, batch: Batch, frames: int) -> Tensor:
+        """``(b, x, y, z, frames)`` expected after the clips (no gradients)."""
+        return self.objective.forecast(self.backbone, batch, frames)
 
 
 class DownstreamModel(nn.Module):
@@ -56,7 +50,7 @@ class DownstreamModel(nn.Module):
     def encode(self, batch: Batch) -> Features:
         """The head's view of the encoder; no graph is built through a frozen one."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.head.encoder_trains()):
-            features: Features = self.backbone(batch.bold, batch.mask)
+            features: Features = self.backbone.encode(self.backbone.read(batch))
         return features
 
     def predict(self, batch: Batch) -> Tensor:

@@ -64,6 +64,8 @@ def _open(recipe: Recipe) -> _Data:
 def _fit_grid(backbone: Backbone, table: ClipTable) -> None:
     """Say how the store's grid sits in the backbone's; refuse one that does not fit."""
     have, room = table.grid, backbone.clip_grid
+    if backbone.any_length:
+        room = room._replace(t=max(room.t, have.t))
     if any(h > r for h, r in zip(have, room, strict=True)):
         raise RecipeError(
             f"the store's clips are {have} but the backbone is built for {room}: "

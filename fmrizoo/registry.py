@@ -26,7 +26,7 @@ class Entry:
     """One registered component: how to build it, its config schema, and what it needs installed."""
 
     name: str
-    factory: Callable[..., Any]
+    factory: Any  # called with the config; usually the component's class
     config: type
     requires: tuple[str, ...] = ()
     extra: str | None = None

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from fmrizoo.config import CHECKPOINTING
 from fmrizoo.errors import DataError, RecipeError
 
 
@@ -106,11 +107,97 @@ def _same(name: str, mine: Any, theirs: Any) -> bool:
 
 
 @dataclass
+class Voxels:
+    """In-brain voxels of several clips: the compact form of ``bold``.
+
+    Attributes:
+        values: ``(t, v)`` normalised BOLD, the samples one after the other along ``v``.
+        index: ``(v,)`` int64 row-major cell ``(x · Y + y) · Z + z`` of each voxel, rising within a
+            sample.
+        counts: Voxels of each sample; they add up to ``v``.
+        background: ``(b,)`` value of all other voxels.
+        grid: Voxels and frames of the dense clips.
+    """
+
+    values: Tensor
+    index: Tensor
+    counts: tuple[int, ...]
+    background: Tensor
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        v, b = sum(self.counts), len(self.counts)
+        if self.values.shape != (self.grid.t, v) or not self.values.is_floating_point():
+            raise DataError(
+                f"voxels must be floating point {(self.grid.t, v)}, got {self.values.dtype} "
+                f"{tuple(self.values.shape)}"
+            )
+        if self.index.shape != (v,) or self.background.shape != (b,):
+            raise DataError(
+                f"index must be {(v,)} and background {(b,)}, got {tuple(self.index.shape)} and "
+                f"{tuple(self.background.shape)}"
+            )
+
+    @classmethod
+    def of(cls, bold: Tensor, mask: Tensor, background: Tensor) -> Voxels:
+        """The voxels of ``bold (b, 1, x, y, z, t)`` in ``mask (b, x, y, z)``."""
+        grid = Grid(*bold.shape[2:])
+        inside = [cells.flatten().nonzero()[:, 0] for cells in mask]
+        frames = bold[:, 0].permute(0, 4, 1, 2, 3)
+        parts = [
+            clip.flatten(1).index_select(1, index)
+            for clip, index in zip(frames, inside, strict=True)
+        ]
+        counts = tuple(len(index) for index in inside)
+        return cls(torch.cat(parts, 1), torch.cat(inside), counts, background, grid)
+
+    def dense(self) -> Tensor:
+        """``(b, 1, x, y, z, t)`` over memory in the order b, t, x, y, z."""
+        space = math.prod(self.grid[:3])
+        out = self.values.new_empty(len(self.counts), self.grid.t, space)
+        out[:] = self.background.to(out.dtype).view(-1, 1, 1)
+        values = torch.split(self.values, list(self.counts), 1)
+        for clip, frames, index in zip(out, values, self.split(self.index), strict=True):
+            clip.index_copy_(1, index, frames)
+        return out.view(-1, self.grid.t, *self.grid[:3]).permute(0, 2, 3, 4, 1).unsqueeze(1)
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """``rows (v, …)`` cut into the samples."""
+        return torch.split(rows, list(self.counts))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Voxels:
+        """A copy on ``device``; ``dtype`` changes the values only."""
+        return replace(
+            self,
+            values=self.values.to(device, dtype or self.values.dtype, non_blocking=True),
+            index=self.index.to(device, non_blocking=True),
+            background=self.background.to(device, non_blocking=True),
+        )
+
+
+class _DenseOnDemand:
+    """The attribute ``bold``: set to a dense tensor or to :class:`Voxels`, read as a tensor."""
+
+    def __get__(self, batch: Batch | None, owner: type) -> Any:
+        if batch is None:
+            return self
+        kept = batch.__dict__
+        if "_bold" not in kept:
+            kept["_bold"] = kept["_voxels"].dense()
+        return kept["_bold"]
+
+    def __set__(self, batch: Batch, value: Tensor | Voxels) -> None:
+        batch.__dict__.pop("_bold", None)
+        batch.__dict__["_voxels" if isinstance(value, Voxels) else "_bold"] = value
+
+
+@dataclass
 class Batch:
     """Clips of several runs, checked once at the door.
 
     Attributes:
-        bold: ``(b, 1, x, y, z, t)`` floating point, normalised, background filled.
+        bold: ``(b, 1, x, y, z, t)`` floating point, normalised, background filled. Given as
+            :class:`Voxels` (:meth:`compact`), it is made dense when it is first read.
         mask: ``(b, x, y, z)`` bool, True = brain.
         tr: ``(b,)`` seconds between two frames of the clip.
         subject, run: ``b`` names each.
@@ -129,15 +216,31 @@ class Batch:
     target: Tensor | None = None
     seed: Tensor | None = None
 
+    @classmethod
+    def compact(
+        cls,
+        voxels: Voxels,
+        mask: Tensor,
+        tr: Tensor,
+        subject: list[str],
+        run: list[str],
+        start: Tensor,
+        target: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> Batch:
+        """A batch of in-brain voxels; a backbone that can do without never makes it dense."""
+        return cls(cast(Tensor, voxels), mask, tr, subject, run, start, target, seed)
+
     def __post_init__(self) -> None:
-        b = self.bold.shape[0] if self.bold.ndim else 0
-        if self.bold.ndim != 6 or self.bold.shape[1] != 1:
-            raise DataError(f"bold must be (b, 1, x, y, z, t), got {tuple(self.bold.shape)}")
-        if not self.bold.is_floating_point():
-            raise DataError(f"bold must be floating point, got {self.bold.dtype}")
-        if tuple(self.mask.shape) != (b, *self.bold.shape[2:5]) or self.mask.dtype != torch.bool:
+        shape, dtype = self._form()
+        b = shape[0] if shape else 0
+        if len(shape) != 6 or shape[1] != 1:
+            raise DataError(f"bold must be (b, 1, x, y, z, t), got {shape}")
+        if not dtype.is_floating_point:
+            raise DataError(f"bold must be floating point, got {dtype}")
+        if tuple(self.mask.shape) != (b, *shape[2:5]) or self.mask.dtype != torch.bool:
             raise DataError(
-                f"mask must be bool (b, x, y, z) = {(b, *self.bold.shape[2:5])}, "
+                f"mask must be bool (b, x, y, z) = {(b, *shape[2:5])}, "
                 f"got {self.mask.dtype} {tuple(self.mask.shape)}"
             )
         for name in ("tr", "start", "target", "seed"):
@@ -147,13 +250,30 @@ class Batch:
         if len(self.subject) != b or len(self.run) != b:
             raise DataError(f"subject and run need {b} names each")
 
+    def _form(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of ``bold``, without making it dense."""
+        if self.voxels is not None:
+            return (len(self.voxels.counts), 1, *self.voxels.grid), self.voxels.values.dtype
+        return tuple(self.bold.shape), self.bold.dtype
+
     def __len__(self) -> int:
-        return int(self.bold.shape[0])
+        return len(self.subject)
+
+    @property
+    def voxels(self) -> Voxels | None:
+        """The compact form, if the batch came in it."""
+        found: Voxels | None = self.__dict__.get("_voxels")
+        return found
+
+    @property
+    def background(self) -> Tensor | None:
+        """``(b,)`` value outside the brain, where it is known."""
+        return None if self.voxels is None else self.voxels.background
 
     @property
     def grid(self) -> Grid:
         """Voxels and frames of each clip."""
-        return Grid(*self.bold.shape[2:])
+        return Grid(*self._form()[0][2:])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """A copy on ``device``; ``dtype`` changes ``bold`` only."""
@@ -161,15 +281,22 @@ class Batch:
         def move(v: Tensor | None) -> Tensor | None:
             return None if v is None else v.to(device, non_blocking=True)
 
+        if self.voxels is not None:
+            bold = cast(Tensor, self.voxels.to(device, dtype))
+        else:
+            bold = self.bold.to(device, dtype or self.bold.dtype, non_blocking=True)
         return replace(
             self,
-            bold=self.bold.to(device, dtype or self.bold.dtype, non_blocking=True),
+            bold=bold,
             mask=self.mask.to(device, non_blocking=True),
             tr=self.tr.to(device, non_blocking=True),
             start=self.start.to(device, non_blocking=True),
             target=move(self.target),
             seed=move(self.seed),
         )
+
+
+Batch.bold = _DenseOnDemand()  # type: ignore[assignment]
 
 
 @dataclass
@@ -182,6 +309,9 @@ class Tokens:
         valid: ``(b, n)`` bool, False for padding tokens that stand for nothing.
         grid: The full patch grid that ``index`` points into.
         brain: ``(b, n)`` share of brain voxels in each token's patch, in [0, 1].
+        patches: ``(b, n, px·py·pz·pt)`` raw voxels of each token ordered px, py, pz, pt, from
+            backbones that form them anyway; voxels outside the brain hold the background.
+        inside: ``(b, n, px·py·pz·pt)`` bool, True = brain voxel, beside ``patches``.
     """
 
     values: Tensor
@@ -189,6 +319,8 @@ class Tokens:
     valid: Tensor
     grid: Grid
     brain: Tensor
+    patches: Tensor | None = None
+    inside: Tensor | None = None
 
     def with_values(self, values: Tensor) -> Tokens:
         """The same tokens with other values of the same shape."""
@@ -249,7 +381,10 @@ class Backbone(nn.Module):
         patch_size: Voxels/frames per input token along x, y, z, t.
         reduction: Voxels/frames per output token along x, y, z, t.
         clip_grid: Voxels and frames of a clip after padding.
-        supports: Properties that objectives may ask for (``causal``).
+        any_length: Takes clips of any number of frames (that ``patch_size[3]`` divides), not only
+            of up to ``clip_grid.t``.
+        causal_unit: What ``encode(causal=True)`` keeps from looking ahead: ``time`` (no feature
+            depends on a later time slot) or ``token`` (nor on a later token of the sequence).
     """
 
     embed_dim: int
@@ -257,14 +392,43 @@ class Backbone(nn.Module):
     patch_size: tuple[int, int, int, int]
     reduction: tuple[int, int, int, int]
     clip_grid: Grid
-    supports: ClassVar[frozenset[str]] = frozenset()
+    any_length: ClassVar[bool] = False
+    causal_unit: ClassVar[str] = "time"
 
-    def tokenize(self, bold: Tensor, mask: Tensor | None = None) -> Tokens:
-        """``bold (b, c, x, y, z, t)`` and brain ``mask (b, x, y, z)`` → tokens."""
+    @classmethod
+    def supports(cls, config: Any) -> frozenset[str]:
+        """Properties (``causal``) that objectives may ask of a backbone of this ``config``."""
+        return frozenset()
+
+    def tokenize(
+        self,
+        bold: Tensor,
+        mask: Tensor | None = None,
+        *,
+        background: Tensor | None = None,
+        tr: Tensor | None = None,
+    ) -> Tokens:
+        """Clips → tokens.
+
+        Args:
+            bold: ``(b, c, x, y, z, t)``.
+            mask: ``(b, x, y, z)`` True = brain. What lies outside cannot change the tokens: it is
+                read as ``background``.
+            background: ``(b,)``; None: the lowest value (in the brain, if a mask is given) of each
+                clip's first frame.
+            tr: ``(b,)`` seconds between frames, for backbones that place tokens in seconds.
+
+        Raises:
+            DataError: a clip that the backbone cannot take.
+        """
         raise NotImplementedError
 
+    def read(self, batch: Batch) -> Tokens:
+        """Tokens of a batch, compact or dense."""
+        return self.tokenize(batch.bold, batch.mask, background=batch.background, tr=batch.tr)
+
     def encode(self, tokens: Tokens, *, causal: bool = False) -> Features:
-        """Run the trunk. ``causal``: no output may depend on later frames."""
+        """Run the trunk. ``causal``: see ``causal_unit``."""
         raise NotImplementedError
 
     def forward(self, bold: Tensor, mask: Tensor | None = None) -> Features:
@@ -277,20 +441,49 @@ class Backbone(nn.Module):
         """Features after each stage (``indices`` picks some; negative counts from the end)."""
         raise NotImplementedError
 
-    def lora_targets(self) -> tuple[str, ...]:
-        """Names of the Linear modules that low-rank adapters may wrap."""
+    def place(self, patches: Tensor, index: Tensor, tr: Tensor | None = None) -> Tensor:
+        """Token values of raw ``patches (b, n, px·py·pz·pt)`` at ``index (b, n, 4)``.
+
+        Only where ``causal_unit`` is ``token``: what a forecast feeds back.
+        """
         raise NotImplementedError
 
-    def flops(self, grid: Grid) -> dict[str, int]:
-        """Multiply-adds × 2 of one forward pass of one clip of ``grid`` voxels, by part."""
+    def extend(self, values: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Go on with a sequence: ``(b, n, embed_dim)`` next tokens → ``(b, n, num_features)``.
+
+        Only where ``causal_unit`` is ``token``. ``state`` is what the call before returned (None at
+        the start); calls one after the other equal one ``encode`` of the whole sequence.
+        """
         raise NotImplementedError
+
+    def set_checkpointing(self, mode: str) -> None:
+        """Which activations are recomputed in the backward pass (``CHECKPOINTING``)."""
+        raise NotImplementedError
+
+    def lora_targets(self) -> tuple[str, ...]:
+        """Suffixes of the names of the Linear modules that low-rank adapters may wrap."""
+        raise NotImplementedError
+
+    def flops(self, grid: Grid, mask: Tensor | None = None) -> dict[str, int]:
+        """Multiply-adds × 2 of one forward pass of one clip of ``grid`` voxels, by part.
+
+        ``mask (x, y, z)``: count what is computed for a clip with this brain.
+        """
+        raise NotImplementedError
+
+
+def check_checkpointing(mode: str) -> str:
+    """``mode``, or :class:`RecipeError` if it is none of ``CHECKPOINTING``."""
+    if mode not in CHECKPOINTING:
+        raise RecipeError(f"checkpointing must be one of {', '.join(CHECKPOINTING)}, got {mode!r}")
+    return mode
 
 
 class Objective(nn.Module):
     """Base of every pretraining objective: ``loss, logs = objective(backbone, batch)``.
 
     Attributes:
-        needs: Properties a backbone must declare in ``supports``.
+        needs: Properties that ``Backbone.supports`` must hold.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -303,6 +496,17 @@ class Objective(nn.Module):
     def reconstruct(self, backbone: Backbone, batch: Batch) -> Reconstruction:
         """What the model fills in, for pictures and checks."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def forecast(self, backbone: Backbone, batch: Batch, frames: int) -> Tensor:
+        """``(b, x, y, z, frames)``: what the model expects after the clips.
+
+        Raises:
+            RecipeError: this objective does not train a model to forecast.
+        """
+        raise RecipeError(
+            f"{type(self).__name__} does not learn to forecast: train with objective=autoregressive"
+        )
 
 
 @dataclass

@@ -96,8 +96,22 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
         composed = recipe
     else:
         composed = compose(recipe if isinstance(recipe, dict) else recipe_path(recipe), overrides)
-    _check_clip(composed)
+    if composed.backbone is not None:
+        _check_pair(composed)
+        _check_clip(composed)
     return composed
+
+
+def _check_pair(recipe: Recipe) -> None:
+    """An objective may ask only for what the backbone, as configured, declares."""
+    if recipe.objective is None:
+        return
+    needs = OBJECTIVES[recipe.objective.name].factory.needs
+    if missing := needs - BACKBONES[recipe.backbone.name].factory.supports(recipe.backbone):
+        raise RecipeError(
+            f"objective {recipe.objective.name!r} needs a backbone that is "
+            f"{', '.join(sorted(missing))}; {recipe.backbone.name!r} as configured is not"
+        )
 
 
 def _check_clip(recipe: Recipe) -> None:
@@ -105,8 +119,9 @@ def _check_clip(recipe: Recipe) -> None:
     size = getattr(recipe.backbone, "img_size", None)
     if size is None:
         return
+    any_length = BACKBONES[recipe.backbone.name].factory.any_length
     frames, patch = recipe.data.clip_frames, recipe.backbone.patch_size[3]
-    if frames > size[3]:
+    if frames > size[3] and not any_length:
         raise RecipeError(
             f"data.clip_frames={frames} is longer than backbone.img_size[3]={size[3]}: "
             "shorten the clips or build the backbone for longer ones"
@@ -169,6 +184,7 @@ def build_model(
         raise RecipeError(f"the recipe names no backbone. Available: {', '.join(BACKBONES.list())}")
     encoder: Backbone = BACKBONES.build(recipe.backbone)
     if recipe.objective is not None:
+        _check_pair(recipe)
         return PretrainingModel(encoder, OBJECTIVES.build(recipe.objective, backbone=encoder))
     if recipe.head is not None:
         if task is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ import fmrizoo
 from fmrizoo import zoo
 from fmrizoo.config import compose, to_dict
 from fmrizoo.errors import CheckpointError, RecipeError
-from fmrizoo.model import DownstreamModel, PretrainingModel, check_pair
+from fmrizoo.model import DownstreamModel, PretrainingModel
 from fmrizoo.trainer.export import ModelInfo, save_model
-from fmrizoo.types import Backbone, Contract, Objective, TaskSpec
+from fmrizoo.types import Backbone, Contract, TaskSpec
 
 SMALL: dict[str, Any] = {
     "img_size": [8, 8, 4, 4],
@@ -142,17 +142,16 @@ def test_what_cannot_be_built(arguments: dict[str, Any], message: str) -> None:
         fmrizoo.build(**arguments)
 
 
-def test_a_pair_that_cannot_work_is_refused_before_any_data() -> None:
-    class Next(Objective):
-        needs: ClassVar[frozenset[str]] = frozenset({"causal", "ordered"})
+def test_an_objective_that_needs_more_is_refused_before_any_data(monkeypatch: Any) -> None:
+    from fmrizoo.objectives.simmim import SimMIM
 
-    class Both(Backbone):
-        supports: ClassVar[frozenset[str]] = frozenset({"causal"})
-
-    with pytest.raises(RecipeError, match="Next needs a backbone that is ordered; Both is not"):
-        check_pair(Both(), Next())
-    with pytest.raises(RecipeError, match="that is causal, ordered; Swin4D is not"):
-        PretrainingModel(fmrizoo.create_backbone("swin4d", **SMALL), Next())
+    monkeypatch.setattr(SimMIM, "needs", frozenset({"telepathic", "causal"}))
+    with pytest.raises(
+        RecipeError, match=r"objective .simmim. needs a backbone that is .*telepathic; .swin4d. as"
+    ):
+        zoo.load_recipe(PRETRAINING)
+    with pytest.raises(RecipeError, match="telepathic"):
+        fmrizoo.build(backbone=SWIN, objective="simmim")
 
 
 # --- loading ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from fmrizoo.data.codec import Array
 from fmrizoo.data.normalize import voxel_affine
 from fmrizoo.data.reader import RunReader
 from fmrizoo.data.store import Store
-from fmrizoo.types import Batch
+from fmrizoo.types import Batch, Grid, Voxels
 
 
 @dataclass(frozen=True)
@@ -126,21 +126,23 @@ class CompactBatch:
     def to_batch(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Batch:
-        """Normalised dense clips on ``device``; only the in-brain bytes travel there.
+        """Normalised clips on ``device``; only the in-brain bytes travel there.
 
-        ``bold`` is ``(b, 1, x, y, z, t)`` over memory in the order b, t, x, y, z.
+        They stay compact until ``bold`` is read: ``(b, 1, x, y, z, t)`` over memory in the order
+        b, t, x, y, z.
         """
         device = torch.device(device)
-        first = self.samples[0]
-        b, t = len(self.samples), first.rows.shape[0]
-        bold = torch.empty((b, t, *first.decode.grid), device=device, dtype=dtype)
-        masks = []
-        for clip, sample in zip(bold, self.samples, strict=True):
-            _fill(clip, sample, device)
-            masks.append(sample.decode.on(device).mask)
-        return Batch(
-            bold=bold.permute(0, 2, 3, 4, 1).unsqueeze(1),
-            mask=torch.stack(masks),
+        runs = [s.decode.on(device) for s in self.samples]
+        voxels = Voxels(
+            values=torch.cat([_decode(s, device, dtype) for s in self.samples], 1),
+            index=torch.cat([run.index for run in runs]),
+            counts=tuple(s.decode.n_vox for s in self.samples),
+            background=torch.tensor([s.decode.background for s in self.samples], device=device),
+            grid=Grid(*self.samples[0].decode.grid, self.samples[0].rows.shape[0]),
+        )
+        return Batch.compact(
+            voxels,
+            mask=torch.stack([run.mask for run in runs]),
             tr=torch.tensor([s.tr for s in self.samples], device=device),
             subject=self.subject,
             run=self.run,
@@ -157,18 +159,17 @@ class CompactBatch:
         return torch.tensor(values, dtype=torch.int64 if whole else torch.float32, device=device)
 
 
-def _fill(clip: Tensor, sample: CompactSample, device: torch.device) -> None:
-    """``clip (t, x, y, z)`` ← background, then ``a * stored + b`` at the brain voxels."""
+def _decode(sample: CompactSample, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``(frames, voxels)``: ``a * stored + b`` at the brain voxels."""
     run = sample.decode.on(device)
     stored = torch.from_numpy(sample.rows).to(device)[:, : sample.decode.n_vox]
-    flat = clip.view(clip.shape[0], -1)
-    flat.fill_(sample.decode.background)
-    # One frame at a time stays in a CPU's cache (half the time); other devices take all at once.
-    step = 1 if device.type == "cpu" else len(flat)
-    for t in range(0, len(flat), step):
+    out = torch.empty(stored.shape, device=device, dtype=dtype)
+    # One frame at a time stays in a CPU's cache; other devices take all at once.
+    step = 1 if device.type == "cpu" else max(len(stored), 1)
+    for t in range(0, len(stored), step):
         # float32 whatever the dtype asked for: z-scores are small differences of large means.
-        values = torch.addcmul(run.b, stored[t : t + step].to(torch.float32), run.a)
-        flat[t : t + step].index_copy_(1, run.index, values.to(clip.dtype))
+        out[t : t + step] = torch.addcmul(run.b, stored[t : t + step].to(torch.float32), run.a)
+    return out
 
 
 def collate(samples: Sequence[CompactSample]) -> CompactBatch:
