@@ -135,7 +135,10 @@ def test_regression_learns_the_scaled_target_and_predicts_in_its_own_unit() -> N
     assert head.loss(outputs, target).item() == pytest.approx((0.25 + 1.0) / 2)
 
     class Encoder(Plain):
-        def forward(self, bold: Tensor, mask: Tensor | None = None) -> Features:
+        def read(self, batch: Batch) -> Any:
+            return None
+
+        def encode(self, tokens: Any, *, causal: bool = False) -> Features:
             return features()
 
     model = DownstreamModel(Encoder(), head)
