@@ -10,7 +10,7 @@ step "1/6 prepare: 18 runs of Haxby et al. 2001 (BIDS) → one checksummed HDF5 
 fmrizoo prepare sample:haxby2001 "$out/store" prepare.space=native
 
 step "2/6 pretrain on the whole brain (swin4d + SimMIM), for the pictures"
-fmrizoo pretrain pretrain/haxby_wholebrain "data.store=$out/store" --out "$out/pretrain-wholebrain"
+fmrizoo pretrain pretrain/haxby_swin4d_simmim "data.store=$out/store" --out "$out/pretrain-wholebrain"
 
 step "3/6 pretrain on one slice at native resolution, once per fold: test runs are never seen"
 fmrizoo pretrain pretrain/haxby_slice "data.store=$out/store" --out "$out/pretrain-slice" --every-fold

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -48,6 +48,9 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.", show_default=False)]
 RecipeName = Annotated[str, typer.Argument(help="Shipped recipe name or YAML file.")]
+RecipeNames = Annotated[
+    str, typer.Argument(help="Recipe name or YAML file; or a pattern: every shipped recipe of it.")
+]
 EveryFold = Annotated[
     bool, typer.Option("--every-fold", help="One run per fold of the split, below --out.")
 ]
@@ -163,10 +166,21 @@ class _Job:
 def _jobs(
     recipe: str, overrides: list[str] | None, folder: Path, every_fold: bool, seeds: int
 ) -> list[_Job]:
-    """One run, or one for each seed and fold, in ``seed-<s>/fold-<k>`` below ``folder``."""
-    from fmrizoo.zoo import load_recipe
+    """One run, or one for each recipe, seed and fold, in folders of their own below ``folder``."""
+    from fmrizoo.errors import RecipeError
+    from fmrizoo.zoo import list_recipes, load_recipe
 
     given = overrides or []
+    if set("*?[") & set(recipe):
+        names = list_recipes(recipe)
+        if not names:
+            raise RecipeError(f"no shipped recipe matches {recipe!r}: see `fmrizoo list recipes`")
+        below = [(name, folder / name.rsplit("/", 1)[-1]) for name in names]
+        return [
+            replace(job, label=f"{name} {job.label}".strip())
+            for name, place in below
+            for job in _jobs(name, overrides, place, every_fold, seeds)
+        ]
     first = load_recipe(recipe, given)
     jobs = []
     for seed in range(first.train.seed, first.train.seed + seeds):
@@ -187,7 +201,7 @@ def _told_once(jobs: list[_Job]) -> Iterator[_Job]:
 
 @app.command()
 def pretrain(
-    recipe: RecipeName,
+    recipe: RecipeNames,
     overrides: Overrides = None,
     *,
     folder: Out,
@@ -233,7 +247,7 @@ def _stop_if_interrupted(interrupted: bool, target: Path) -> None:
 
 @app.command()
 def finetune(
-    recipe: RecipeName,
+    recipe: RecipeNames,
     overrides: Overrides = None,
     *,
     folder: Out,
