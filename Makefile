@@ -37,7 +37,9 @@ types: install
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p fmrizoo
 
 bench: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
 	$(BIN)/python benchmarks/swin4d.py
+	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/store.py
 
 clean:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmrizoo.errors import DataError, RecipeError
-from fmrizoo.types import Batch, Contract, Features, Grid, RunKey, TaskSpec, Tokens
+from fmrizoo.types import Batch, Contract, Features, Grid, RunKey, TaskSpec, Tokens, Voxels
 
 CONTRACT = Contract(
     "native", "RAS", (40, 20, 1), (3.1, 3.75, 3.75), 2.5, "voxel", "run", "0", "0.1.0"
@@ -41,6 +41,55 @@ def test_grid_arithmetic() -> None:
 def test_a_batch_knows_its_size_and_grid() -> None:
     batch = Batch(**parts())
     assert len(batch) == 2 and batch.grid == (4, 3, 2, 5)
+
+
+def voxels_of(batch: Batch) -> Voxels:
+    return Voxels.of(batch.bold, batch.mask, torch.tensor([-1.0, 7.0]))
+
+
+def two_brains() -> Batch:
+    torch.manual_seed(0)
+    return Batch(**parts(bold=torch.randn(2, 1, 4, 3, 2, 5), mask=torch.rand(2, 4, 3, 2) > 0.4))
+
+
+def test_voxels_hold_the_brain_and_come_back_dense() -> None:
+    batch = two_brains()
+    voxels = voxels_of(batch)
+    assert voxels.counts == tuple(batch.mask.flatten(1).sum(1).tolist())
+    assert voxels.values.shape == (5, sum(voxels.counts))
+    background = torch.tensor([-1.0, 7.0]).view(2, 1, 1, 1, 1, 1)
+    expected = torch.where(batch.mask[:, None, ..., None], batch.bold, background)
+    assert torch.equal(voxels.dense(), expected)
+    assert torch.equal(voxels.to("cpu", torch.float64).dense(), expected.double())
+
+
+def test_a_compact_batch_becomes_dense_only_when_it_is_read() -> None:
+    dense = two_brains()
+    voxels = voxels_of(dense)
+    rest = {k: v for k, v in parts().items() if k not in ("bold", "mask")}
+    batch = Batch.compact(voxels, dense.mask, **rest)
+    moved = batch.to("cpu", torch.bfloat16)
+    assert len(batch) == 2 and batch.grid == (4, 3, 2, 5)
+    assert torch.equal(batch.background, voxels.background) and dense.background is None
+    assert "_bold" not in batch.__dict__ and "_bold" not in moved.__dict__
+    assert torch.equal(batch.bold, voxels.dense()) and batch.bold is batch.bold
+    assert moved.bold.dtype == moved.voxels.values.dtype == torch.bfloat16
+    changed = replace(batch, bold=dense.bold)
+    assert changed.voxels is None and changed.bold is dense.bold
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.zeros(4, 48)}, r"floating point \(5, \d+\), got"),
+        ({"values": torch.zeros(5, 48, dtype=torch.int8)}, "got torch.int8"),
+        ({"index": torch.zeros(3, dtype=torch.int64)}, r"index must be \(\d+,\)"),
+        ({"background": torch.zeros(3)}, r"background \(2,\), got"),
+    ],
+)
+def test_voxels_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        replace(voxels_of(Batch(**parts())), **change)
 
 
 @pytest.mark.parametrize(
