@@ -352,6 +352,74 @@ def report(
         out.print(f"  {line}", soft_wrap=True, highlight=False)
 
 
+analyze = typer.Typer(help="What models do to data and what they cost.", no_args_is_help=True)
+app.add_typer(analyze, name="analyze")
+
+
+@analyze.command()
+def autocorrelation(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")],
+    clips: Annotated[
+        int, typer.Option(min=1, help="At most so many clips of the held-out runs.")
+    ] = 32,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest stretch for models that take any length.",
+            show_default="the shortest run",
+        ),
+    ] = None,
+) -> None:
+    """Autocorrelation over time of data and embeddings → analysis.json in each run folder."""
+    from fmrizoo.analysis.dynamics import analyze_run
+
+    for run in runs:
+        found = analyze_run(run, clips=clips, frames=frames)
+        out.print(f"{run}: {found.says}", soft_wrap=True, highlight=False)
+
+
+@analyze.command()
+def memory(
+    recipes: Annotated[
+        list[str], typer.Argument(help="Recipes (names or files), and key=value for all of them.")
+    ],
+    folder: Out,
+    frames: Annotated[str, typer.Option(help="Lengths of the clip.")] = "20,40,80",
+    checkpointing: Annotated[
+        str, typer.Option(help="none, block, window-chunk.")
+    ] = "none,window-chunk",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Peak activation memory of one training step against the clip's length → memory.json."""
+    from fmrizoo import screens
+    from fmrizoo.analysis.memory import MemoryRow, measure_memory, write_memory
+
+    names = [r for r in recipes if "=" not in r]
+    given = [r for r in recipes if "=" in r]
+    modes = [word.strip() for word in checkpointing.split(",")]
+    with _progress("memory") as update:
+
+        def note(done: int, total: int, row: MemoryRow) -> None:
+            update(done, total, f"{row.backbone} {row.checkpointing} {row.frames} frames")
+
+        rows = measure_memory(names, _numbers(frames), modes, given, device=device, on_row=note)
+    write_memory(folder, rows)
+    out.print(screens.memory(rows))
+
+
+def _numbers(text: str) -> list[int]:
+    from fmrizoo.errors import RecipeError
+
+    try:
+        found = [int(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise RecipeError(f"--frames takes positive numbers with commas between, got {text!r}")
+    return found
+
+
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Store, run folder, model folder or split file.")],
@@ -405,8 +473,8 @@ def list_(
     pattern: Annotated[str, typer.Argument(help="Shell pattern.")] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What is in the zoo."""
-    from fmrizoo import zoo
+    """What is in the zoo; for backbones also their sizes and what a clip costs."""
+    from fmrizoo import screens, zoo
     from fmrizoo.errors import RecipeError
     from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, suggest
 
@@ -418,13 +486,30 @@ def list_(
         rows = [{"name": e.name, "about": e.summary} for e in entries]
     else:
         raise RecipeError(f"unknown kind {kind!r}.{suggest(kind, [*tables, 'recipes'])}")
+    if kind == "backbones":
+        rows = [row | {"sizes": _sizes(row["name"])} for row in rows]
     if as_json:
         out.print_json(json.dumps(rows))
-        return
-    table = Table("name", "")
-    for row in rows:
-        table.add_row(row["name"], row["about"])
-    out.print(table)
+    elif kind == "backbones":
+        out.print(screens.backbones(rows))
+    else:
+        table = Table("name", "")
+        for row in rows:
+            table.add_row(row["name"], row["about"])
+        out.print(table)
+
+
+def _sizes(backbone: str) -> list[dict[str, Any]] | None:
+    """Its default and preset sizes; None where a package is missing to build it."""
+    from dataclasses import asdict
+
+    from fmrizoo.analysis.sizes import sizes_of
+    from fmrizoo.errors import MissingExtraError
+
+    try:
+        return [asdict(size) for size in sizes_of(backbone)]
+    except MissingExtraError:
+        return None
 
 
 @app.command()

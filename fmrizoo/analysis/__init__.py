@@ -1,0 +1,1 @@
+"""What models do to data and what they cost: autocorrelation, memory, sizes."""

@@ -1,0 +1,78 @@
+"""Tables for the terminal, made from plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from fmrizoo.analysis.memory import MemoryRow
+
+
+def backbones(rows: Sequence[dict[str, Any]]) -> Group:
+    """Every backbone with a table of its sizes (``None``: it cannot be built here)."""
+    shown: list[RenderableType] = []
+    for row in rows:
+        shown.append(Text.assemble((row["name"], "bold"), "  ", row["about"]))
+        if row["sizes"] is None:
+            shown.append(Text("  cannot be built here: a package is missing"))
+        else:
+            shown += [_sizes(row["sizes"]), Text()]
+    sizes = [size for row in rows for size in row["sizes"] or ()]
+    said = "Parameters: of the encoder, and with what its recipe's objective adds. GFLOP: one "
+    said += "forward pass of the encoder over one clip."
+    if any(size["brain_tokens"] < size["tokens"] for size in sizes):
+        said += " “a of b”: a is left of b without the patches outside a brain."
+    if any(size["recipe"] for size in sizes):
+        said += " Sizes are recipes: pretrain/sizes/<name>_<size>."
+    return Group(*shown, Text(said, style="dim"))
+
+
+def _sizes(sizes: Sequence[dict[str, Any]]) -> Table:
+    """One line per size; the same widths for every backbone, so that columns line up."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("", min_width=1)
+    table.add_column("size", min_width=7)
+    for name, width in (("encoder", 7), ("whole", 7), ("tokens", 16), ("GFLOP", 15)):
+        table.add_column(name, justify="right", min_width=width)
+    table.add_column("clip")
+    for size in sizes:
+        table.add_row(
+            "",
+            size["name"],
+            _count(size["parameters"]),
+            _count(size["whole"]) if size["whole"] else "",
+            _of(size["brain_tokens"], size["tokens"]),
+            _of(size["brain_gflop"], size["gflop"]),
+            "×".join(map(str, size["clip"])),
+        )
+    return table
+
+
+def _count(parameters: int) -> str:
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.2f}B"
+    return f"{parameters / 1e6:.1f}M"
+
+
+def _of(part: float, whole: float) -> str:
+    def shown(value: float) -> str:
+        return f"{value:,.1f}" if value < 100 and value != int(value) else f"{value:,.0f}"
+
+    return shown(whole) if part >= whole else f"{shown(part)} of {shown(whole)}"
+
+
+def memory(rows: Sequence[MemoryRow]) -> Table:
+    """One line per measurement."""
+    table = Table("recipe", "checkpointing")
+    for name in ("frames", "MB"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for row in rows:
+        mb = "–" if row.mb is None else f"{row.mb:,.0f}"
+        table.add_row(row.recipe, row.checkpointing, str(row.frames), mb, row.note)
+    return table
