@@ -3,8 +3,8 @@
 Source: Xie et al. 2022 (SimMIM); SwiFT V2 uses it on fMRI. Hidden patches are replaced by one
 learned token after the patch embedding and before positions are added.
 What differs from SimMIM: the loss is averaged per clip before it is averaged over the batch, so
-that it does not depend on how clips are dealt out to ranks; voxels that only pad the grid are never
-scored.
+that it does not depend on how clips are dealt out to ranks; only in-brain voxels are scored unless
+asked, and voxels that only pad the grid never.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fmrizoo.errors import DataError, RecipeError
-from fmrizoo.objectives.decoders import DECODERS, build_decoder
+from fmrizoo.errors import RecipeError
+from fmrizoo.objectives.decoders import DECODERS, build_decoder, cells, flag_voxels, unpatchify
 from fmrizoo.objectives.masking import MASK_TYPES, cell_factors, draw_mask
+from fmrizoo.objectives.scoring import by_token, clip_mean, scored_patches
 from fmrizoo.registry import register_objective, suggest
-from fmrizoo.types import Backbone, Batch, Grid, Objective, Reconstruction, Tokens
+from fmrizoo.types import Backbone, Batch, Features, Objective, Reconstruction, Tokens
 
 
 @dataclass
@@ -29,7 +30,7 @@ class SimMIMConfig:
     mask_ratio: float = 0.6  # share of mask cells hidden (MR)
     mask_type: str = "random"  # random | tube (same places at all times) | temporal (MT)
     mask_patch_size: list[int] | None = None  # voxels x y z, frames (MPS); None: the model's patch
-    brain_only: bool = False  # score in-brain voxels only
+    brain_only: bool = True  # score in-brain voxels only
     decoder: str = "mlp"  # mlp (factorised, pixel-shuffle) | linear
 
     def __post_init__(self) -> None:
@@ -59,49 +60,58 @@ class SimMIM(Objective):
         self.factors = cell_factors(
             config.mask_patch_size or backbone.patch_size, backbone.patch_size
         )
-        self.patch = backbone.patch_size
         self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.decoder = build_decoder(
-            config.decoder, backbone.num_features, backbone.reduction, backbone.clip_grid
-        )
+        self.decoder = build_decoder(config.decoder, backbone.num_features, backbone.reduction)
 
     def forward(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean absolute error of hidden voxels, averaged per clip, then over clips.
 
         Raises:
-            DataError: a clip has no hidden voxel to score (``brain_only`` and no brain in it).
+            DataError: a clip has no hidden voxel to score (``brain_only`` and none in its brain).
         """
-        predicted, masked = self._fill_in(backbone, batch)
-        truth = batch.bold[:, 0]
-        scored = masked
-        if self.config.brain_only:
-            scored = masked & batch.mask.unsqueeze(-1)
-        count = scored.flatten(1).sum(1)
-        if bool((count == 0).any()):
-            names = [n for n, c in zip(batch.run, count.tolist(), strict=True) if c == 0]
-            raise DataError(f"no hidden voxel to score in clips of {', '.join(names)}")
-        error = (predicted.float() - truth.float()).abs() * scored
-        loss = (error.flatten(1).sum(1) / count).mean()
-        return loss, {"loss": loss.detach(), "masked": masked.float().mean().detach()}
+        tokens = backbone.read(batch)
+        hidden, features = self._fill_in(backbone, tokens, batch)
+        if by_token(backbone, tokens):
+            # On raw patches: a batch of in-brain voxels is never made dense.
+            assert tokens.patches is not None
+            predicted, truth = self.decoder(features.values), tokens.patches
+            scored = scored_patches(
+                tokens, hidden, batch.grid, backbone.patch_size, self.config.brain_only
+            )
+            share = hidden.sum() / tokens.valid.sum()
+        else:
+            predicted, masked = self._to_voxels(backbone, tokens, features, hidden, batch)
+            truth = batch.bold[:, 0]
+            brain_only = self.config.brain_only
+            scored = masked & batch.mask.unsqueeze(-1) if brain_only else masked
+            share = masked.float().mean()
+        error = (predicted.float() - truth.float()).abs()
+        loss = clip_mean(error, scored, batch.run, "hidden voxel")
+        return loss, {"loss": loss.detach(), "masked": share.detach()}
 
     @torch.no_grad()
     def reconstruct(self, backbone: Backbone, batch: Batch) -> Reconstruction:
-        """What the model fills into the hidden patches (and what it makes of the visible ones)."""
-        predicted, masked = self._fill_in(backbone, batch)
-        return Reconstruction(batch.bold[:, 0].float(), predicted.float(), masked)
+        """What the model fills into the hidden patches (and what it makes of the visible ones).
 
-    def _fill_in(self, backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Predicted voxels and the mask, ``(b, x, y, z, t)``, without the grid's padding."""
-        tokens = backbone.tokenize(batch.bold, batch.mask)
+        Where the backbone has dropped the background, the prediction is what was recorded.
+        """
+        tokens = backbone.read(batch)
+        hidden, features = self._fill_in(backbone, tokens, batch)
+        predicted, masked = self._to_voxels(backbone, tokens, features, hidden, batch)
+        truth = batch.bold[:, 0].float()
+        shown = flag_voxels(features.valid, features.index, features.grid, backbone.reduction)
+        x, y, z, t = batch.grid
+        filled = torch.where(shown[:, :x, :y, :z, :t], predicted.float(), truth)
+        return Reconstruction(truth, filled, masked)
+
+    def _fill_in(self, backbone: Backbone, tokens: Tokens, batch: Batch) -> tuple[Tensor, Features]:
+        """Which tokens are hidden, ``(b, n)``, and the features of what is left."""
         hidden = self._hidden(tokens, batch)
         values = torch.where(
             hidden.unsqueeze(-1), self.mask_token.to(tokens.values.dtype), tokens.values
         )
-        predicted = self.decoder(backbone.encode(tokens.with_values(values)))
-        masked = self._to_voxels(hidden, tokens)
-        x, y, z, t = batch.grid
-        return predicted[:, :x, :y, :z, :t], masked[:, :x, :y, :z, :t]
+        return hidden, backbone.encode(tokens.with_values(values))
 
     def _hidden(self, tokens: Tokens, batch: Batch) -> Tensor:
         """``(b, n)`` True where a token is replaced by the mask token."""
@@ -109,21 +119,21 @@ class SimMIM(Objective):
         dense = draw_mask(
             tokens.grid, self.factors, self.config.mask_ratio, self.config.mask_type, seeds
         ).to(tokens.values.device)
-        return dense.gather(1, _flat(tokens.index, tokens.grid)) & tokens.valid
+        where = cells(tokens.index, tokens.grid).expand(len(batch), -1)
+        return dense.gather(1, where) & tokens.valid
 
-    def _to_voxels(self, hidden: Tensor, tokens: Tokens) -> Tensor:
-        """``(b, n)`` → ``(b, X, Y, Z, T)`` by repeating each token's flag over its patch."""
-        dense = torch.zeros(
-            hidden.shape[0], tokens.grid.size, dtype=torch.bool, device=hidden.device
-        )
-        dense.scatter_(1, _flat(tokens.index, tokens.grid).expand_as(hidden), hidden)
-        voxels = dense.view(-1, *tokens.grid)
-        for axis, size in enumerate(self.patch, start=1):
-            voxels = voxels.repeat_interleave(size, dim=axis)
-        return voxels
-
-
-def _flat(index: Tensor, grid: Grid) -> Tensor:
-    """``(b, n, 4)`` coordinates → ``(b, n)`` row-major cells."""
-    x, y, z, t = index.unbind(-1)
-    return ((x * grid.y + y) * grid.z + z) * grid.t + t
+    def _to_voxels(
+        self,
+        backbone: Backbone,
+        tokens: Tokens,
+        features: Features,
+        hidden: Tensor,
+        batch: Batch,
+    ) -> tuple[Tensor, Tensor]:
+        """Predicted voxels and the mask, ``(b, x, y, z, t)``, without the grid's padding."""
+        reduction = backbone.reduction
+        decoded = self.decoder(features.values)
+        predicted = unpatchify(decoded, features.index, features.grid, reduction, features.valid)
+        masked = flag_voxels(hidden, tokens.index, tokens.grid, backbone.patch_size)
+        x, y, z, t = batch.grid
+        return predicted[:, :x, :y, :z, :t], masked[:, :x, :y, :z, :t]

@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from objective_stubs import CELLS, InTokens, compact_of
+from objective_stubs import PATCH as STUB_PATCH
+from objective_stubs import batch_of as stub_batch
 
 import fmrizoo
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.model import PretrainingModel
+from fmrizoo.objectives import SimMIM, SimMIMConfig
+from fmrizoo.objectives.decoders import patchify
 from fmrizoo.types import Batch, Grid
 
 PATCH = (2, 2, 2, 2)
@@ -77,8 +82,10 @@ def test_loss_is_the_mean_over_clips_of_the_mean_error_of_hidden_voxels(
 
 def test_brain_only_changes_the_loss() -> None:
     batch = batch_of()
-    every, _ = model_of()(batch)
-    inside, _ = model_of(brain_only=True)(batch)
+    inside, _ = model_of()(batch)
+    asked, _ = model_of(brain_only=True)(batch)
+    every, _ = model_of(brain_only=False)(batch)
+    assert inside.item() == asked.item(), "in-brain voxels only, unless asked"
     assert abs(every.item() - inside.item()) > 1e-4
 
 
@@ -104,18 +111,19 @@ def test_masked_voxels_are_whole_patches_and_cells() -> None:
 
 @pytest.mark.parametrize("mask_type", ["random", "tube", "temporal"])
 def test_what_is_hidden_reaches_no_prediction(mask_type: str) -> None:
-    model, batch = model_of(mask_type=mask_type, mask_ratio=0.5), batch_of(2)
+    # With a known background: else the lowest value of the first frame stands for it.
+    model, batch = model_of(mask_type=mask_type, mask_ratio=0.5), compact_of(batch_of(2), 0.0)
     before = model.reconstruct(batch)
-    # A voxel outside the brain gives the fill value of the padding: keep those as they are.
     hidden = before.masked & batch.mask.unsqueeze(-1)
     visible = ~before.masked & batch.mask.unsqueeze(-1)
     other = torch.where(hidden, torch.full((), 50.0), batch.bold[:, 0]).unsqueeze(1)
     assert hidden.any() and not torch.equal(other, batch.bold)
-    after = model.reconstruct(replace(batch, bold=other))
+    after = model.reconstruct(compact_of(replace(batch, bold=other), 0.0))
     assert torch.equal(after.masked, before.masked)
     assert torch.equal(after.predicted, before.predicted)
     seen = torch.where(visible, torch.full((), 50.0), batch.bold[:, 0]).unsqueeze(1)
-    assert not torch.equal(model.reconstruct(replace(batch, bold=seen)).predicted, before.predicted)
+    again = model.reconstruct(compact_of(replace(batch, bold=seen), 0.0))
+    assert not torch.equal(again.predicted, before.predicted)
 
 
 def test_the_same_seed_hides_the_same_in_any_batch() -> None:
@@ -176,3 +184,71 @@ def test_a_clip_without_anything_to_score_is_named() -> None:
 def test_impossible_settings_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         model_of(**values)
+
+
+# --- on a backbone that drops the background and has raw patches --------------------------------
+
+
+def stub_model(**values: Any) -> PretrainingModel:
+    backbone = InTokens()
+    torch.manual_seed(0)
+    objective = SimMIM(SimMIMConfig(**values), backbone=backbone)
+    return PretrainingModel(backbone, objective).eval()
+
+
+@pytest.mark.parametrize("brain_only", [True, False])
+@pytest.mark.parametrize("mask_type", ["random", "tube", "temporal"])
+def test_loss_on_raw_patches_is_that_on_voxels(mask_type: str, brain_only: bool) -> None:
+    """Against the voxels of the reconstruction, one by one; never dense on the way."""
+    model, batch = stub_model(mask_type=mask_type, brain_only=brain_only), stub_batch(3)
+    loss, logs = model(batch)
+    if brain_only:
+        # The stub makes the cube when it reads; a second batch shows that the objective does not.
+        tokens, lean = model.backbone.read(batch), stub_batch(3)
+        model.backbone.read = lambda _: tokens  # type: ignore[method-assign]
+        again, _ = model(lean)
+        assert again.item() == loss.item() and "_bold" not in vars(lean)
+        del model.backbone.read
+    filled = model.reconstruct(batch)
+    scored = filled.masked & batch.mask.unsqueeze(-1) if brain_only else filled.masked
+    error = (filled.predicted - filled.truth).abs()
+    means = [error[i][scored[i]].mean().item() for i in range(3)]
+    assert loss.item() == pytest.approx(sum(means) / 3, rel=1e-5)
+    hidden = model.objective._hidden(model.backbone.read(batch), batch)
+    kept = model.backbone.read(batch).valid
+    assert not (hidden & ~kept).any()
+    assert logs["masked"].item() == pytest.approx((hidden.sum() / kept.sum()).item())
+
+
+def test_where_the_background_was_dropped_nothing_is_filled_in() -> None:
+    model, batch = stub_model(mask_ratio=1.0), stub_batch(2)
+    filled = model.reconstruct(batch)
+    inside = torch.zeros(2, 8, 6, 4, 8, dtype=torch.bool)
+    inside[:, :7, :5] = batch.mask[..., None]
+    cells = torch.cartesian_prod(*(torch.arange(s) for s in CELLS)).expand(2, -1, -1)
+    kept = patchify(inside, cells, STUB_PATCH).any(-1)
+    assert kept.any() and not kept.all()
+    expected = torch.zeros_like(inside)
+    for sample, number in kept.nonzero().tolist():
+        x, y, z, t = (2 * v for v in cells[sample, number].tolist())
+        expected[sample, x : x + 2, y : y + 2, z : z + 2, t : t + 2] = True
+    assert torch.equal(filled.masked, expected[:, :7, :5])
+    dropped = ~filled.masked
+    assert torch.equal(filled.predicted[dropped], filled.truth[dropped])
+    assert (filled.predicted[filled.masked] != filled.truth[filled.masked]).float().mean() > 0.99
+
+
+def test_a_stubs_clip_loss_does_not_depend_on_the_padding_beside_it() -> None:
+    model, batch = stub_model(), stub_batch(3)
+    counts = model.backbone.read(batch).valid.sum(1)
+    assert len(set(counts.tolist())) > 1, "clips of different numbers of tokens"
+    whole, _ = model(batch)
+    parts = []
+    for i in range(3):
+        s = slice(i, i + 1)
+        one = Batch(
+            batch.bold[s], batch.mask[s], batch.tr[s], ["01"], ["r"], batch.start[s],
+            seed=batch.seed[s],
+        )  # fmt: skip
+        parts.append(model(compact_of(one))[0].item())
+    assert whole.item() == pytest.approx(sum(parts) / 3, rel=1e-5)
