@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -15,21 +16,24 @@ from fmrizoo.types import Grid
 
 
 def background_value(bold: Tensor, mask: Tensor | None) -> Tensor:
-    """``(b,)`` value outside the brain: of the first such voxel, else each clip's minimum.
+    """``(b,)`` lowest value of each clip's first frame, inside the brain if a mask is given.
+
+    Later frames have no say: a causal model must not learn of them. Nor has what lies outside the
+    brain; 0 for a clip without a brain voxel.
 
     ``bold (b, c, x, y, z, t)``; ``mask (b, x, y, z)`` True = brain, or None.
     """
-    lowest = bold.flatten(1).amin(1)
+    first = bold.detach()[..., 0]
     if mask is None:
-        return lowest
-    outside = ~mask.flatten(1)
-    first = outside.float().argmax(1)
-    sampled = bold[:, 0, ..., 0].flatten(1).gather(1, first[:, None])[:, 0]
-    return torch.where(outside.any(1), sampled, lowest)
+        return first.flatten(1).amin(1)
+    lowest = first.masked_fill(~mask.unsqueeze(1), torch.inf).flatten(1).amin(1)
+    return torch.where(lowest.isposinf(), 0.0, lowest)
 
 
-def pad_to(bold: Tensor, mask: Tensor | None, size: Grid) -> tuple[Tensor, Tensor | None]:
-    """Pad the end of x, y, z with background up to ``size``; the frames must already fit.
+def pad_to(
+    bold: Tensor, mask: Tensor | None, size: Grid, background: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Pad the end of x, y, z with ``background (b,)`` up to ``size``; the frames must already fit.
 
     Raises:
         DataError: the clip is larger than ``size`` or has another number of frames.
@@ -42,11 +46,29 @@ def pad_to(bold: Tensor, mask: Tensor | None, size: Grid) -> tuple[Tensor, Tenso
     if have == size:
         return bold, mask
     out = bold.new_empty(*bold.shape[:2], *size)
-    out[:] = background_value(bold, mask).view(-1, 1, 1, 1, 1, 1)
+    out[:] = background.to(bold.dtype).view(-1, 1, 1, 1, 1, 1)
     out[:, :, : have.x, : have.y, : have.z] = bold
     if mask is not None:
         mask = F.pad(mask, (0, size.z - have.z, 0, size.y - have.y, 0, size.x - have.x))
     return out, mask
+
+
+@dataclass(frozen=True)
+class Brain:
+    """Which voxels of a clip count, and what the others are read as.
+
+    Attributes:
+        mask: ``(b, x, y, z)`` True = brain.
+        background: ``(b,)``, a constant: no gradient flows to where it was taken from.
+    """
+
+    mask: Tensor
+    background: Tensor
+
+    def fill(self, bold: Tensor) -> Tensor:
+        """``bold (b, c, x, y, z, t)`` with the background outside the brain."""
+        background = self.background.to(bold.dtype).view(-1, 1, 1, 1, 1, 1)
+        return torch.where(self.mask[:, None, ..., None], bold, background)
 
 
 def patch_share(mask: Tensor, patch: Sequence[int]) -> Tensor:
@@ -65,19 +87,21 @@ class _SlabProjection(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, bold: Tensor, weight: Tensor, patch: Patch) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, bold: Tensor, weight: Tensor, patch: Patch, brain: Brain | None
+    ) -> Tensor:
         b, _, *size = bold.shape
         grid = [s // p for s, p in zip(size, patch, strict=True)]
         out = weight.new_empty(b, *grid, weight.shape[0])
         for samples, rows in _slabs(bold, patch):
             target = out[samples, rows].view(-1, weight.shape[0])
-            torch.mm(_patches(bold, patch, samples, rows), weight.t(), out=target)
+            torch.mm(_patches(bold, patch, samples, rows, brain), weight.t(), out=target)
         ctx.save_for_backward(bold, weight)
-        ctx.patch = patch
+        ctx.patch, ctx.brain = patch, brain
         return out.view(b, -1, weight.shape[0])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         bold, weight = ctx.saved_tensors
         patch, b, rows = ctx.patch, bold.shape[0], bold.shape[2] // ctx.patch[0]
         d_bold = torch.empty_like(bold) if ctx.needs_input_grad[0] else None
@@ -87,12 +111,14 @@ class _SlabProjection(torch.autograd.Function):
         for samples, chosen in _slabs(bold, patch):
             part = by_row[samples, chosen].reshape(-1, weight.shape[0])
             if ctx.needs_input_grad[1]:
-                d_weight += part.t() @ _patches(bold, patch, samples, chosen)
+                d_weight += part.t() @ _patches(bold, patch, samples, chosen, ctx.brain)
             if d_bold is not None:
                 voxels = slice(chosen.start * patch[0], chosen.stop * patch[0])
                 target = d_bold[samples, :, voxels]
                 target.copy_(_from_patches(part @ weight, target, patch))
-        return d_bold, d_weight.to(weight.dtype), None
+        if d_bold is not None and ctx.brain is not None:
+            d_bold.masked_fill_(~ctx.brain.mask[:, None, ..., None], 0.0)
+        return d_bold, d_weight.to(weight.dtype), None, None
 
 
 Patch = tuple[int, int, int, int]
@@ -112,10 +138,13 @@ def _slabs(bold: Tensor, patch: Patch) -> Iterator[tuple[slice, slice]]:
             )
 
 
-def _patches(bold: Tensor, patch: Patch, samples: slice, rows: slice) -> Tensor:
-    """``(tokens, px·py·pz·pt·c)`` patches of a slab, row-major."""
+def _patches(
+    bold: Tensor, patch: Patch, samples: slice, rows: slice, brain: Brain | None
+) -> Tensor:
+    """``(tokens, px·py·pz·pt·c)`` patches of a slab, row-major; background outside the brain."""
     px, py, pz, pt = patch
-    slab = bold[samples, :, rows.start * px : rows.stop * px]
+    voxels = slice(rows.start * px, rows.stop * px)
+    slab = bold[samples, :, voxels]
     found: Tensor = rearrange(
         slab,
         "b c (x px) (y py) (z pz) (t pt) -> (b x y z t) (px py pz pt c)",
@@ -124,6 +153,21 @@ def _patches(bold: Tensor, patch: Patch, samples: slice, rows: slice) -> Tensor:
         pz=pz,
         pt=pt,
     )
+    if brain is None:
+        return found
+    if found.data_ptr() == slab.data_ptr():  # a view (patches of one voxel): not ours to fill
+        found = found.clone()
+    inside: Tensor = rearrange(
+        brain.mask[samples, voxels],
+        "b (x px) (y py) (z pz) -> b (x y z) 1 (px py pz) 1",
+        px=px,
+        py=py,
+        pz=pz,
+    )
+    channels = bold.shape[1]
+    clips = found.view(len(inside), inside.shape[1], -1, px * py * pz, pt * channels)
+    for clip, cells, value in zip(clips, ~inside, brain.background[samples], strict=True):
+        clip.masked_fill_(cells, value.to(clip.dtype))
     return found
 
 
@@ -157,13 +201,16 @@ class PatchEmbed(nn.Module):
         self.fc = nn.Linear(prod(self.patch) * in_chans, embed_dim)
         self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
 
-    def forward(self, bold: Tensor) -> Tensor:
-        """``(b, c, x, y, z, t)`` → ``(b, n, embed_dim)``, tokens row-major in x, y, z, t."""
+    def forward(self, bold: Tensor, brain: Brain | None = None) -> Tensor:
+        """``(b, c, x, y, z, t)`` → ``(b, n, embed_dim)``, tokens row-major in x, y, z, t.
+
+        ``brain``: what lies outside is read as its background.
+        """
         if bold.device.type == "cpu":
-            projected = _SlabProjection.apply(bold, self.fc.weight, self.patch)
+            projected = _SlabProjection.apply(bold, self.fc.weight, self.patch, brain)
             out = projected + self.fc.bias
         else:
-            out = self._convolve(bold)
+            out = self._convolve(bold if brain is None else brain.fill(bold))
         normed: Tensor = self.norm(out)
         return normed
 

@@ -15,7 +15,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fmrizoo.layers.windows import WindowLayout, raster_layout
+from fmrizoo.layers.attention import Windows
+from fmrizoo.layers.windows import Group, WindowLayout, raster_layout
 
 
 @dataclass(frozen=True)
@@ -23,19 +24,24 @@ class Order:
     """Consecutive rows of a batch in window order, on one device.
 
     Attributes:
-        groups: ``(windows, tokens in each)``, consecutive blocks of rows.
+        groups: Windows, consecutive blocks of rows.
         padding: ``(rows, 1)`` bool, True where a row is padding; None if no row is.
         sample: ``(rows,)`` which sample a row belongs to.
     """
 
-    groups: tuple[tuple[int, int], ...]
+    groups: tuple[Group, ...]
     padding: Tensor | None
     sample: Tensor
 
     @property
+    def windows(self) -> Windows:
+        """What attends to what."""
+        return Windows(self.groups)
+
+    @property
     def rows(self) -> int:
         """Number of rows."""
-        return sum(count * tokens for count, tokens in self.groups)
+        return sum(group.windows * group.tokens for group in self.groups)
 
 
 class _Permute(torch.autograd.Function):
@@ -137,20 +143,20 @@ def _orders(
     sample[rows] = torch.arange(batch).expand_as(rows)
     padding = torch.zeros(rows.numel(), 1, dtype=torch.bool)
     padding[rows] = (layout.raster() < 0).view(-1, 1, 1).expand(-1, batch, 1)
-    pieces: list[list[tuple[int, int]]] = [[]]
+    pieces: list[list[Group]] = [[]]
     room = limit = max_rows or rows.numel()
-    for count, tokens in layout.groups:
-        left = count * batch
+    for windows, tokens, slots in layout.groups:
+        left = windows * batch
         while left:
             if room < tokens and pieces[-1]:
                 pieces.append([])
                 room = limit
             taken = min(left, max(1, room // tokens))
-            pieces[-1].append((taken, tokens))
+            pieces[-1].append(Group(taken, tokens, slots))
             left, room = left - taken, room - taken * tokens
     orders, start = [], 0
     for groups in pieces:
-        stop = start + sum(count * tokens for count, tokens in groups)
+        stop = start + sum(group.windows * group.tokens for group in groups)
         empty = padding[start:stop] if bool(padding[start:stop].any()) else None
         orders.append(
             Order(

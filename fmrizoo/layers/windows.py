@@ -17,9 +17,24 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Group(NamedTuple):
+    """Consecutive windows of one size.
+
+    Attributes:
+        windows: How many.
+        tokens: Tokens in each.
+        slots: Length of each along the last axis (time), which runs fastest inside a window.
+    """
+
+    windows: int
+    tokens: int
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -28,15 +43,15 @@ class WindowLayout:
 
     Attributes:
         grid: Tokens along each axis.
-        padded: The grid rounded up to whole windows (padding at the end of each axis).
+        padded: The grid rounded up to whole windows (padding at the end of each axis), if padded.
         cells: ``(slots,)`` index into the padded grid (row-major) of each slot.
-        groups: ``(windows, tokens in each)``, consecutive: all windows of one size together.
+        groups: All windows of one size together.
     """
 
     grid: tuple[int, ...]
     padded: tuple[int, ...]
     cells: Tensor
-    groups: tuple[tuple[int, int], ...]
+    groups: tuple[Group, ...]
 
     @property
     def is_padded(self) -> bool:
@@ -46,7 +61,7 @@ class WindowLayout:
     @property
     def pairs(self) -> int:
         """Query–key pairs that attention computes."""
-        return sum(count * tokens**2 for count, tokens in self.groups)
+        return sum(group.windows * group.tokens**2 for group in self.groups)
 
     def raster(self) -> Tensor:
         """``(slots,)`` row-major index into the *unpadded* grid; −1 where the slot is padding."""
@@ -84,18 +99,18 @@ class WindowLayout:
         """
         sample = torch.arange(batch)
         parts, start = [], 0
-        for count, tokens in self.groups:
-            slot = torch.arange(count * tokens).unsqueeze(1)
+        for windows, tokens, _ in self.groups:
+            slot = torch.arange(windows * tokens).unsqueeze(1)
             window, token = slot // tokens, slot % tokens
             parts.append((start + window * tokens) * batch + sample * tokens + token)
-            start += count * tokens
+            start += windows * tokens
         return torch.cat(parts)
 
 
 def raster_layout(grid: Sequence[int]) -> WindowLayout:
     """The row-major order of a whole grid, as one window."""
     size = math.prod(grid)
-    return WindowLayout(tuple(grid), tuple(grid), torch.arange(size), ((1, size),))
+    return WindowLayout(tuple(grid), tuple(grid), torch.arange(size), (Group(1, size, grid[-1]),))
 
 
 def effective_window(
@@ -109,26 +124,30 @@ def effective_window(
 
 @lru_cache(maxsize=256)
 def window_layout(
-    grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...]
+    grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], pad: bool = True
 ) -> WindowLayout:
     """The layout of ``grid`` cut into windows after a cyclic shift by ``shift`` (0 = none).
 
-    Inside a window the last axis runs fastest.
+    Inside a window the last axis runs fastest, and rises. ``pad``: fill the last window of an axis
+    up with padding, as Swin does; otherwise it is smaller, as if the padding were masked.
     """
     padded = tuple(math.ceil(g / w) * w for g, w in zip(grid, window, strict=True))
     axes = [_cuts(*axis) for axis in zip(padded, window, shift, strict=True)]
-    by_size: dict[int, list[Tensor]] = {}
+    if not pad:
+        axes = [_within(parts, size) for parts, size in zip(axes, grid, strict=True)]
+        padded = tuple(grid)
+    by_size: dict[tuple[int, int], list[Tensor]] = {}
     for parts in itertools.product(*axes):
         flat = torch.zeros((), dtype=torch.int64)
         for place, length in zip(parts, padded, strict=True):
             flat = flat.unsqueeze(-1) * length + place
-        by_size.setdefault(flat.numel(), []).append(flat.flatten())
+        by_size.setdefault((flat.numel(), flat.shape[-1]), []).append(flat.flatten())
     sizes = sorted(by_size, reverse=True)
     return WindowLayout(
         grid=tuple(grid),
         padded=padded,
         cells=torch.cat([cells for size in sizes for cells in by_size[size]]),
-        groups=tuple((len(by_size[size]), size) for size in sizes),
+        groups=tuple(Group(len(by_size[size]), *size) for size in sizes),
     )
 
 
@@ -140,3 +159,9 @@ def _cuts(length: int, window: int, shift: int) -> list[Tensor]:
         return whole
     wrapped = whole.pop()
     return [*whole, wrapped[: window - shift], wrapped[window - shift :] - length]
+
+
+def _within(parts: list[Tensor], length: int) -> list[Tensor]:
+    """``parts`` of an axis without the positions from ``length`` on."""
+    kept = [part[part < length] for part in parts]
+    return [part for part in kept if len(part)]

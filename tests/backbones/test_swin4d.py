@@ -11,6 +11,8 @@ import torch
 
 from fmrizoo.backbones.swin4d import Swin4D, Swin4DConfig, stage_grids
 from fmrizoo.errors import DataError, RecipeError
+from fmrizoo.layers import swin
+from fmrizoo.layers.swin import SwinBlock
 from fmrizoo.types import Grid
 from fmrizoo.weights.swift import load_swift
 
@@ -95,7 +97,11 @@ def test_released_configurations_have_the_published_parameter_counts() -> None:
     assert counts == [4_315_212, 1_971_336]
 
 
-def test_block_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("piece_bytes", [1, 20_000, 1 << 23])
+def test_checkpointing_changes_no_gradient(
+    piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swin, "PIECE_BYTES", piece_bytes)
     torch.manual_seed(0)
     config = Swin4DConfig(
         img_size=[8, 8, 8, 4],
@@ -106,19 +112,24 @@ def test_block_checkpointing_changes_no_gradient() -> None:
     )
     backbone = Swin4D(config)
     bold = torch.randn(1, 1, 8, 8, 8, 4)
-    gradients = []
-    for mode in ("none", "block"):
+    gradients = {}
+    for mode in ("none", "block", "window-chunk"):
         backbone.zero_grad()
         backbone.set_checkpointing(mode)
         backbone(bold).values.square().mean().backward()
-        gradients.append([p.grad.clone() for p in backbone.parameters() if p.grad is not None])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6)
+        gradients[mode] = [p.grad.clone() for p in backbone.parameters() if p.grad is not None]
+    for mode in ("block", "window-chunk"):
+        for a, b in zip(gradients["none"], gradients[mode], strict=True):
+            assert torch.equal(a, b), mode
     with pytest.raises(RecipeError, match="checkpointing"):
         backbone.set_checkpointing("all")
 
 
-def test_stochastic_depth_drops_whole_samples_and_only_in_training() -> None:
+@pytest.mark.parametrize("piece_bytes", [1, 1 << 23])
+def test_stochastic_depth_drops_whole_samples_and_only_in_training(
+    piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swin, "PIECE_BYTES", piece_bytes)  # also with a sample in many pieces
     torch.manual_seed(0)
     config = Swin4DConfig(
         img_size=[8, 8, 8, 4],
@@ -133,6 +144,14 @@ def test_stochastic_depth_drops_whole_samples_and_only_in_training() -> None:
     values = backbone.train()(bold).values
     distinct = {tuple(v.flatten()[:5].tolist()) for v in values}
     assert 1 < len(distinct) <= 6, "equal clips must take different paths"
+    chosen = torch.arange(6).remainder(2).float().view(1, 6, 1).expand(2, -1, -1)
+    monkeypatch.setattr(SwinBlock, "draw_paths", lambda block, batch, x: chosen)
+    mixed = backbone(bold).values
+    monkeypatch.setattr(SwinBlock, "draw_paths", lambda block, batch, x: torch.zeros(2, batch, 1))
+    torch.testing.assert_close(mixed[::2], backbone(bold[::2]).values, atol=1e-6, rtol=1e-5)
+    monkeypatch.setattr(SwinBlock, "draw_paths", lambda block, batch, x: None)
+    torch.testing.assert_close(mixed[1::2], backbone(bold[1::2]).values, atol=1e-6, rtol=1e-5)
+    monkeypatch.undo()
     values = backbone.eval()(bold).values
     torch.testing.assert_close(values, values[:1].expand_as(values), atol=1e-6, rtol=1e-5)
 
@@ -156,22 +175,120 @@ def test_grid_is_padded_so_that_every_merge_comes_out_even() -> None:
     assert [g.x for g in stage_grids(small)] == [8, 4, 2, 1, 1]
 
 
+SMALL: dict[str, Any] = {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2]}
+
+
 def test_a_clip_smaller_than_the_grid_is_padded_with_its_background() -> None:
     torch.manual_seed(0)
-    config = Swin4DConfig(
-        img_size=[7, 8, 5, 4],
-        patch_size=[2, 2, 2, 1],
-        embed_dim=8,
-        depths=[2, 2],
-        num_heads=[1, 2],
-    )
+    config = Swin4DConfig(img_size=[7, 8, 5, 4], patch_size=[2, 2, 2, 1], **SMALL)
     backbone = Swin4D(config).eval()
     mask = torch.zeros(1, 7, 8, 5, dtype=torch.bool)
     mask[:, 1:5, 1:5, 1:4] = True
-    bold = torch.where(mask[:, None, ..., None], torch.randn(1, 1, 7, 8, 5, 4), -3.0)
-    padded = torch.full((1, 1, *backbone.clip_grid), -3.0)
-    padded[:, :, :7, :8, :5] = bold
-    torch.testing.assert_close(backbone(bold, mask).values, backbone(padded).values)
+    bold = torch.randn(1, 1, 7, 8, 5, 4)
+    lowest = bold[..., 0][mask[:, None]].min()
+    for given, value in ((None, lowest), (torch.tensor([-3.0]), torch.tensor(-3.0))):
+        padded = torch.full((1, 1, *backbone.clip_grid), float(value))
+        padded[:, :, :7, :8, :5] = torch.where(mask[:, None, ..., None], bold, value)
+        tokens = backbone.tokenize(bold, mask, background=given)
+        torch.testing.assert_close(backbone.encode(tokens).values, backbone(padded).values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_outside_the_mask_changes_a_feature(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = Swin4DConfig(img_size=[7, 8, 6, 4], patch_size=[2, 2, 2, 2], **SMALL)
+    backbone = Swin4D(config).eval().to(dtype)
+    mask = torch.rand(2, 7, 8, 6) > 0.5
+    bold = torch.randn(2, 1, 7, 8, 6, 4).to(dtype)
+    other = torch.where(mask[:, None, ..., None], bold, 9 * torch.randn_like(bold))
+    other[0, 0, ..., 0][~mask[0]] = torch.nan
+    for background in (None, torch.tensor([-1.0, 0.5])):
+        a, b = (
+            backbone.encode(backbone.tokenize(clip, mask, background=background)).values
+            for clip in (bold, other)
+        )
+        assert torch.equal(a, b)
+    assert not torch.equal(backbone(bold).values, a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("patch", [1, 2])
+@pytest.mark.parametrize("slots", [3, 4, 7, 8])
+@pytest.mark.parametrize("piece_bytes", [20_000, 1 << 23])
+def test_later_frames_change_no_bit_of_earlier_causal_features(
+    dtype: torch.dtype,
+    patch: int,
+    slots: int,
+    piece_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(swin, "PIECE_BYTES", piece_bytes)
+    torch.manual_seed(0)
+    # Shifted in space and time in stage 1; the last stage has all of space in a window.
+    size = {"img_size": [12, 7, 8, slots * patch], "patch_size": [2, 2, 2, patch]}
+    backbone = Swin4D(Swin4DConfig(**size, **SMALL)).eval().to(dtype)
+    assert backbone.supports(backbone.config) == {"causal"}
+    mask = torch.rand(2, 12, 7, 8) > 0.3
+    bold = torch.randn(2, 1, *size["img_size"]).to(dtype)
+    backbone.set_checkpointing("window-chunk")
+
+    def features(clip: torch.Tensor, grad: bool, causal: bool = True) -> torch.Tensor:
+        with torch.set_grad_enabled(grad):
+            return backbone.encode(backbone.tokenize(clip, mask), causal=causal).to_grid()
+
+    whole = features(bold, False)
+    for last in range(slots - 1):
+        changed = bold.clone()
+        changed[..., (last + 1) * patch :] = 30 * torch.randn_like(
+            changed[..., (last + 1) * patch :]
+        )
+        found = features(changed, False)
+        assert torch.equal(found[..., : last + 1], whole[..., : last + 1])
+        assert not torch.equal(found[..., last + 1 :], whole[..., last + 1 :])
+        assert torch.equal(features(changed, True)[..., : last + 1], found[..., : last + 1])
+    assert not torch.equal(features(bold, False, causal=False)[..., 0], whole[..., 0])
+
+
+@pytest.mark.parametrize("values", CONFIGS)
+def test_causal_outputs_and_gradients_equal_the_plain_transcription(values: dict[str, Any]) -> None:
+    """fp64, 1e-10. The reference adds −∞ to the logits of later keys."""
+    torch.manual_seed(0)
+    config = Swin4DConfig(patch_size=[2, 2, 2, 1], **{**SMALL, **values})
+    ours, reference = Swin4D(config).double(), plain(config).double()
+    reference.load_state_dict(ours.state_dict())
+    for block in (m for m in reference.modules() if hasattr(m, "window")):
+        look_no_further(block)
+    bold = torch.randn(2, 1, *config.img_size, dtype=torch.float64, requires_grad=True)
+    a = ours.encode(ours.tokenize(bold), causal=True).to_grid()
+    b = reference(bold)
+    torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+    weight = torch.randn_like(a)
+    (d_a,), (d_b,) = (torch.autograd.grad((v * weight).sum(), bold) for v in (a, b))
+    torch.testing.assert_close(d_a, d_b, atol=1e-9, rtol=1e-7)
+
+
+def look_no_further(block: Any) -> None:
+    """Make a plain block causal: time runs fastest in its windows."""
+    attend = block.attn.forward
+
+    def forward(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        tokens = x.shape[1]
+        length = tokens // space
+        slot = torch.arange(tokens) % length
+        later = torch.zeros(tokens, tokens).masked_fill(slot[None] > slot[:, None], -torch.inf)
+        mask = torch.zeros(1, tokens, tokens) if mask is None else mask.clone()
+        # Times wrapped to the front of a shifted window come from another region: masked already.
+        return attend(x, mask + later)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        nonlocal space
+        space = 1
+        for have, window in zip(x.shape[1:4], block.window, strict=False):
+            space *= min(have, window)
+        return plain_forward(x)
+
+    space, plain_forward = 1, block.forward
+    block.attn.forward, block.forward = forward, run
 
 
 def test_shorter_clips_use_the_first_times_and_longer_ones_are_refused() -> None:
@@ -191,8 +308,6 @@ def test_shorter_clips_use_the_first_times_and_longer_ones_are_refused() -> None
         backbone(torch.randn(1, 1, 8, 8, 8, 5))
     with pytest.raises(DataError, match="must be"):
         backbone(torch.randn(1, 2, 8, 8, 8, 4))
-    with pytest.raises(RecipeError, match="both ways"):
-        backbone.encode(backbone.tokenize(torch.randn(1, 1, 8, 8, 8, 4)), causal=True)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,14 @@ import math
 import pytest
 import torch
 
-from fmrizoo.layers.attention import attend_windows
 from fmrizoo.layers.plan import Gather, neighbours, stage_plan
-from fmrizoo.layers.windows import effective_window, raster_layout, window_layout
+from fmrizoo.layers.windows import (
+    Group,
+    WindowLayout,
+    effective_window,
+    raster_layout,
+    window_layout,
+)
 
 SHAPES = [
     ((8, 8), (4, 4), (2, 2)),
@@ -43,7 +48,7 @@ def test_windows_hold_the_pairs_that_the_masked_algorithm_allows(
                 expected.add((a, b))
     layout = window_layout(grid, window, shift)
     found, start = set(), 0
-    for count, tokens in layout.groups:
+    for count, tokens, _ in layout.groups:
         for chunk in layout.cells[start : start + count * tokens].view(count, tokens).tolist():
             found |= set(itertools.product(chunk, repeat=2))
         start += count * tokens
@@ -97,7 +102,7 @@ def test_neighbours_come_in_the_references_order() -> None:
 def test_layouts_of_different_grids_do_not_mix() -> None:
     with pytest.raises(ValueError, match="do not mix"):
         window_layout((8,), (4,), (0,)).from_layout(window_layout((9,), (4,), (0,)))
-    assert raster_layout((2, 3)).groups == ((1, 6),)
+    assert raster_layout((2, 3)).groups == ((1, 6, 3),)
 
 
 def test_an_axis_within_one_window_is_taken_whole_and_unshifted() -> None:
@@ -105,51 +110,28 @@ def test_an_axis_within_one_window_is_taken_whole_and_unshifted() -> None:
     assert effective_window((3, 4, 9), (4, 4, 4), False) == ((3, 4, 4), (0, 0, 0))
 
 
-def explicit(qkv: torch.Tensor, groups: list[tuple[int, int]], heads: int) -> torch.Tensor:
-    """Attention window by window, head by head, from the definition."""
-    width = qkv.shape[1] // 3
-    size = width // heads
-    out, start = [], 0
-    for count, tokens in groups:
-        for _ in range(count):
-            rows = qkv[start : start + tokens].view(tokens, 3, heads, size)
-            q, k, v = rows.permute(1, 2, 0, 3)
-            weights = torch.softmax(q @ k.transpose(1, 2) * size**-0.5, -1)
-            out.append((weights @ v).transpose(0, 1).reshape(tokens, width))
-            start += tokens
-    return torch.cat(out)
+def test_without_padding_border_windows_are_smaller_and_hold_the_same_tokens() -> None:
+    for grid, window, shift in SHAPES:
+        padded, cut = (window_layout(grid, window, shift, pad) for pad in (True, False))
+        assert cut.padded == grid and not cut.is_padded
+
+        def members(layout: WindowLayout) -> set[tuple[int, ...]]:
+            raster, found, start = layout.raster(), set(), 0
+            for windows, tokens, slots in layout.groups:
+                for one in raster[start : start + windows * tokens].view(windows, tokens):
+                    assert tokens % slots == 0
+                    found.add(tuple(v for v in one.tolist() if v >= 0))
+                start += windows * tokens
+            return found - {()}
+
+        assert members(cut) == members(padded)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
-)
-def test_attention_and_its_gradient_equal_the_definition(
-    dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fmrizoo.layers import attention
-
-    monkeypatch.setattr(attention, "CACHE_BYTES", 4096)  # several slices, the last one smaller
-    torch.manual_seed(0)
-    groups, heads, width = [(5, 12), (3, 4)], 2, 10
-    rows = sum(c * n for c, n in groups)
-    exact = torch.randn(rows, 3 * width, dtype=torch.float64, requires_grad=True)
-    ours = exact.detach().to(dtype).requires_grad_()
-    weight = torch.randn(rows, width, dtype=torch.float64)
-    expected = explicit(exact, groups, heads)
-    (expected * weight).sum().backward()
-    found = attend_windows(ours, groups, heads, (width // heads) ** -0.5)
-    (found * weight.to(dtype)).sum().backward()
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
-    assert exact.grad is not None and ours.grad is not None
-    scale = float(exact.grad.abs().max())
-    assert (ours.grad.double() - exact.grad).abs().max() <= tolerance * max(scale, 1.0)
-
-
-def test_attention_dropout_takes_the_fused_path_and_keeps_the_mean() -> None:
-    torch.manual_seed(0)
-    qkv = torch.randn(64, 24)
-    plain = attend_windows(qkv, [(4, 16)], 2, 0.5)
-    dropped = torch.stack([attend_windows(qkv, [(4, 16)], 2, 0.5, 0.3) for _ in range(400)])
-    assert not torch.equal(dropped[0], dropped[1])
-    torch.testing.assert_close(dropped.mean(0), plain, atol=0.15, rtol=0)
+def test_groups_tell_the_extent_of_the_last_axis_which_rises() -> None:
+    layout = window_layout((6, 7), (4, 4), (2, 2), pad=False)
+    start = 0
+    for windows, tokens, slots in layout.groups:
+        times = layout.cells[start : start + windows * tokens].view(windows, -1, slots) % 7
+        assert bool((times.diff(dim=-1) == 1).all())
+        start += windows * tokens
+    assert {Group(1, 8, 4), Group(1, 8, 2)} < set(layout.groups), "equal counts, other shapes"
