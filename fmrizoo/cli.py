@@ -480,7 +480,8 @@ def list_(
 
     tables = {"backbones": BACKBONES, "objectives": OBJECTIVES, "heads": HEADS}
     if kind == "recipes":
-        rows = [{"name": n, "about": zoo.recipe_summary(n)} for n in zoo.list_recipes(pattern)]
+        names = zoo.list_recipes(pattern)
+        rows: list[dict[str, Any]] = [{"name": n, "about": zoo.recipe_summary(n)} for n in names]
     elif kind in tables:
         entries = [tables[kind][name] for name in tables[kind].list(pattern)]
         rows = [{"name": e.name, "about": e.summary} for e in entries]

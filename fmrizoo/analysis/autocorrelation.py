@@ -127,6 +127,8 @@ def autocorrelation(courses: Tensor, lags: int) -> Array:
         x = x - x.mean(1, keepdim=True)
         # Rounding of a constant is no signal.
         x = x[x.abs().amax(1) > 1e-6 * size]
+        if not len(x):
+            continue
         spectrum = torch.fft.rfft(x, 2 * frames).abs().square()
         products = torch.fft.irfft(spectrum, 2 * frames)[:, : lags + 1]
         total += (products / products[:, :1]).sum(0).cpu()
@@ -189,13 +191,13 @@ def data_courses(voxels: Voxels, patch: Sequence[int], slot: int) -> list[Tensor
     _, ny, nz, frames = voxels.grid
     found = []
     parts = zip(
-        voxels.split(voxels.index), torch.split(voxels.values, voxels.counts, 1), strict=True
+        voxels.split(voxels.index), torch.split(voxels.values, list(voxels.counts), 1), strict=True
     )
     for index, values in parts:
         x, y, z = index // (ny * nz), index // nz % ny, index % nz
         px, py, pz = (a // p for a, p in zip((x, y, z), patch, strict=True))
         cell = (px * (ny // patch[1] + 1) + py) * (nz // patch[2] + 1) + pz
-        kept, place, size = cell.unique(return_inverse=True, return_counts=True)
+        kept, place, size = torch.unique(cell, return_inverse=True, return_counts=True)
         sums = values.new_zeros(frames, len(kept)).index_add_(1, place, values)
         means = (sums / size).view(frames // slot, slot, -1).mean(1)
         found.append(means.t())

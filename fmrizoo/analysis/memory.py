@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fmrizoo.config import compose
 from fmrizoo.errors import DataError, FmrizooError
 from fmrizoo.files import write_atomic
 from fmrizoo.types import check_checkpointing
-from fmrizoo.zoo import load_recipe
+from fmrizoo.zoo import load_recipe, recipe_path
 
 SCHEMA = "fmrizoo.memory/1"
 FILE = "memory.json"
@@ -110,7 +111,7 @@ def _check_device(device: str) -> None:
 
 def _sized(recipe: str, frames: int, overrides: Sequence[str]) -> list[str]:
     """Overrides that build the recipe's backbone for clips of ``frames``."""
-    composed = load_recipe(recipe, list(overrides))
+    composed = compose(recipe_path(recipe), overrides)
     size = getattr(composed.backbone, "img_size", None)
     longer = [f"data.clip_frames={frames}"]
     if size is not None:

@@ -40,7 +40,7 @@ class Size:
     recipe: str
     parameters: int
     whole: int
-    clip: tuple[int, int, int, int]
+    clip: Grid
     tokens: int
     gflop: float
     brain_tokens: int
@@ -93,7 +93,7 @@ def _size(name: str, recipe: str, backbone: Backbone, whole: int) -> Size:
         recipe=recipe,
         parameters=_parameters(backbone),
         whole=whole,
-        clip=tuple(clip),
+        clip=clip,
         tokens=patches.size,
         gflop=flops / 1e9,
         brain_tokens=kept,
@@ -104,4 +104,4 @@ def _size(name: str, recipe: str, backbone: Backbone, whole: int) -> Size:
 def _patches_with(mask: Tensor, patch: Sequence[int]) -> int:
     """Patches along x, y, z that hold a voxel of ``mask``."""
     places = mask.nonzero() // torch.tensor(list(patch))
-    return len(places.unique(dim=0))
+    return len(torch.unique(places, dim=0))
