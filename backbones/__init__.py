@@ -3,6 +3,7 @@
 if __name__ != "fmrizoo.backbones":
     raise ImportError("import fmrizoo.backbones, not the bare folder 'backbones'")
 
+from fmrizoo.backbones.neuromamba import NeuroMamba, NeuroMambaConfig
 from fmrizoo.backbones.swin4d import Swin4D, Swin4DConfig
 
-__all__ = ["Swin4D", "Swin4DConfig"]
+__all__ = ["NeuroMamba", "NeuroMambaConfig", "Swin4D", "Swin4DConfig"]

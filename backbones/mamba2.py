@@ -1,0 +1,359 @@
+"""The Mamba-2 mixer, with the parameter names and shapes of mamba-ssm.
+
+Source: Dao & Gu 2024. ``in_proj`` gives z, x, B, C, dt; a causal depthwise convolution and SiLU
+over x, B, C; the scan of :mod:`fmrizoo.backbones.ssd`; ``out_proj(rms_norm(y · silu(z)))``.
+Weights move freely between this module and mamba-ssm's ``Mamba2`` (same names, shapes, defaults).
+
+Two ways to compute it, ``scan_backend``:
+
+- ``torch``: runs anywhere, slices of the sequence at a time (:mod:`.mamba2_slices`).
+- ``mamba_ssm``: mamba-ssm's Triton scan and causal-conv1d's kernel, on CUDA only. ``auto`` takes
+  it where the model is on a CUDA device and both packages are installed. **This path was written
+  from the packages' interfaces and could not be run where fmrizoo is developed (no GPU).** What it
+  guards against: a packed row resets the state only by ``seq_idx``; convolution strides must be
+  multiples of 8; 32-bit offsets in the kernels (mamba issue 1015) bound a pack's size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmrizoo.backbones.mamba2_slices import Mix, Shape, Weights
+from fmrizoo.backbones.ssd import check_range
+from fmrizoo.errors import MissingExtraError, RecipeError
+from fmrizoo.layers.ragged import Pack, by_length, end_to_end, give_back, together
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "torch", "mamba_ssm")
+BATCHING = ("packed", "padded")
+KERNELS = ("mamba_ssm", "causal_conv1d")
+EPS = 1e-5
+CPU_ROWS, OTHER_ROWS = 2048, 32768  # tokens of a slice
+
+
+@dataclass
+class MixerState:
+    """Where a mixer stopped.
+
+    Attributes:
+        tail: ``(b, d_conv − 1, channels)`` last inputs of the convolution.
+        scan: ``(b, g, n, h/g, p)`` state of the scan.
+    """
+
+    tail: Tensor
+    scan: Tensor
+
+
+class GatedNorm(nn.Module):
+    """Holds the weight of ``rms_norm(y · silu(z))``; the mixer folds it into ``out_proj``."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Mamba2(nn.Module):
+    """A Mamba-2 mixer: ``(b, l, d_model)`` → same shape, causal along ``l``.
+
+    Args:
+        d_model: Width.
+        d_state: States per head.
+        d_conv: Taps of the convolution.
+        expand: Inner width / ``d_model``.
+        head_dim: Channels of a head.
+        ngroups: Groups of heads that share B and C; the norm is over each group's channels.
+        chunk_size: Tokens per chunk of the scan.
+        scan_backend: ``auto``, ``torch`` or ``mamba_ssm``.
+        batching: How samples of unequal length are run: ``packed`` (no padding is computed) or
+            ``padded``.
+        bias: Whether both projections have a bias.
+
+    Raises:
+        RecipeError: sizes that do not divide, or an unknown choice.
+        MissingExtraError: ``mamba_ssm`` is forced and not installed.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        expand: int = 2,
+        head_dim: int = 64,
+        ngroups: int = 1,
+        chunk_size: int = 64,
+        scan_backend: str = "auto",
+        batching: str = "packed",
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        inner = expand * d_model
+        if inner % head_dim or (inner // head_dim) % ngroups:
+            raise RecipeError(
+                f"head_dim {head_dim} must divide expand·d_model = {inner} into a multiple of "
+                f"ngroups = {ngroups} heads"
+            )
+        if scan_backend not in BACKENDS or batching not in BATCHING:
+            raise RecipeError(
+                f"scan_backend must be one of {', '.join(BACKENDS)} and batching one of "
+                f"{', '.join(BATCHING)}, got {scan_backend!r} and {batching!r}"
+            )
+        if scan_backend == "mamba_ssm":
+            _require_kernels()
+        self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
+        self.inner, self.head_dim, self.ngroups = inner, head_dim, ngroups
+        self.heads = inner // head_dim
+        self.chunk_size, self.batching = chunk_size, batching
+        self.recompute = False  # in the backward pass, slice by slice
+        self.rows: int | None = None  # tokens of a slice; None: by device
+        self._backend = scan_backend
+        mixed = inner + 2 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, inner + mixed + self.heads, bias=bias)
+        # Never called: holds the weights under mamba-ssm's names, with PyTorch's initialisation.
+        self.conv1d = nn.Conv1d(mixed, mixed, d_conv, groups=mixed, padding=d_conv - 1)
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        self.norm = GatedNorm(inner)
+        self.out_proj = nn.Linear(inner, d_model, bias=bias)
+        for parameter in (self.dt_bias, self.A_log, self.D):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """mamba-ssm's start: steps log-uniform in [0.001, 0.1], decay rates uniform in [1, 16]."""
+        low, high = math.log(0.001), math.log(0.1)
+        steps = torch.exp(torch.rand_like(self.dt_bias) * (high - low) + low)
+        self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus(dt_bias) = steps
+        self.A_log.copy_(torch.log(torch.rand_like(self.A_log) * 15 + 1))
+
+    @property
+    def scan_backend(self) -> str:
+        """What this mixer computes with where it is now: ``torch`` or ``mamba_ssm``."""
+        if self._backend != "auto":
+            return self._backend
+        return "mamba_ssm" if self.A_log.is_cuda and not _missing_kernels() else "torch"
+
+    def forward(self, u: Tensor, lengths: Tensor | list[int] | None = None) -> Tensor:
+        """Run whole sequences.
+
+        Args:
+            u: ``(b, l, d_model)``.
+            lengths: Tokens of each sample, if they are padded at the end; the output is 0 there.
+
+        Raises:
+            RecipeError: fp16.
+        """
+        if lengths is None:
+            return self.run(u, Pack())
+        sizes = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
+        packs = self.packs(sizes, u.shape[1], u.device)
+        out = give_back(packs, [self.run(p.take(u), p) for p in packs], len(u), u.shape[1])
+        place = torch.arange(u.shape[1], device=u.device)
+        inside = place < torch.tensor(sizes, device=u.device).unsqueeze(1)
+        return out * inside.unsqueeze(-1)
+
+    def packs(self, lengths: list[int], length: int, device: torch.device) -> list[Pack]:
+        """How samples of ``lengths``, padded to ``length``, go through :meth:`run`."""
+        if self.batching == "padded":
+            return together(lengths, length, device)
+        if self.scan_backend == "mamba_ssm":
+            return end_to_end(lengths, length, device, self.largest_pack())
+        return by_length(lengths, length, device)
+
+    def largest_pack(self) -> int:
+        """Tokens that the CUDA kernels' 32-bit offsets can reach (mamba issue 1015)."""
+        states = self.heads * self.head_dim * self.d_state // self.chunk_size + 1
+        return (2**31 - 1) // max(_to_eight(self.in_proj.out_features), states)
+
+    def run(
+        self,
+        u: Tensor,
+        pack: Pack,
+        *,
+        prenorm: Tensor | None = None,
+        residual: bool = False,
+        reverse: bool = False,
+    ) -> Tensor:
+        """Run one pack.
+
+        Args:
+            u: ``(b', l', d_model)``.
+            pack: Which of its tokens belong together.
+            prenorm: ``(d_model,)`` weight: RMS-normalise ``u`` first.
+            residual: Add ``u`` to the output.
+            reverse: Read every sequence backwards.
+        """
+        u = pack.flip(u) if reverse else u
+        if self.scan_backend == "mamba_ssm":
+            if not u.is_cuda:
+                raise RecipeError(f"scan_backend=mamba_ssm runs on CUDA only, got {u.device}")
+            out = self._run_kernels(u, pack.sequence, prenorm, residual)
+        else:
+            out, _ = self._run_slices(u, None, prenorm, residual)
+        return pack.flip(out) if reverse else out
+
+    def extend(
+        self,
+        u: Tensor,
+        state: MixerState | None = None,
+        *,
+        prenorm: Tensor | None = None,
+        residual: bool = False,
+    ) -> tuple[Tensor, MixerState]:
+        """Go on with sequences: the next ``(b, l, d_model)``, any ``l ≥ 1``.
+
+        Calls one after the other equal one call on the whole. Always computed with ``torch``.
+        """
+        return self._run_slices(u, state, prenorm, residual)
+
+    def weights(self, prenorm: Tensor | None = None) -> Weights:
+        """The parameters as the computation takes them."""
+        inward, inward_bias = _matrix(self.in_proj)
+        outward, outward_bias = _matrix(self.out_proj)
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        if prenorm is not None:
+            inward = inward * prenorm
+        return Weights(
+            inward=inward,
+            inward_bias=inward_bias,
+            conv=self.conv1d.weight.squeeze(1),
+            conv_bias=self.conv1d.bias,  # type: ignore[arg-type]
+            A=-torch.exp(self.A_log.to(wide)),
+            D=self.D,
+            dt_bias=self.dt_bias.to(wide),
+            outward=outward * self.norm.weight,
+            outward_bias=outward_bias,
+        )
+
+    def slice_length(self, batch: int, device: torch.device) -> int:
+        """Tokens of each sample that are computed at a time."""
+        rows = self.rows or (CPU_ROWS if device.type == "cpu" else OTHER_ROWS)
+        return max(1, rows // batch // self.chunk_size) * self.chunk_size
+
+    def shape(self, u: Tensor, prenorm: bool, residual: bool) -> Shape:
+        """How ``u`` is computed; products in the dtype of ``u``, or that of autocast."""
+        device = u.device.type
+        dtype = u.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        check_range(dtype)
+        return Shape(
+            heads=self.heads,
+            head_dim=self.head_dim,
+            groups=self.ngroups,
+            states=self.d_state,
+            taps=self.d_conv,
+            eps=EPS,
+            chunk=self.chunk_size,
+            length=self.slice_length(len(u), u.device),
+            dtype=dtype,
+            recompute=self.recompute,
+            prenorm=prenorm,
+            residual=residual,
+        )
+
+    def _run_slices(
+        self, u: Tensor, state: MixerState | None, prenorm: Tensor | None, residual: bool
+    ) -> tuple[Tensor, MixerState]:
+        s = self.shape(u, prenorm is not None, residual)
+        w = self.weights(prenorm)
+        if state is None:
+            tail = u.new_zeros(len(u), s.taps - 1, s.mixed, dtype=s.dtype)
+            scan = w.A.new_zeros(len(u), s.groups, s.states, s.heads // s.groups, s.head_dim)
+        else:
+            tail, scan = state.tail, state.scan
+        with torch.autocast(u.device.type, enabled=False):
+            out, tail, scan = Mix.apply(u, tail, scan, s, *w)
+        return out, MixerState(tail, scan)
+
+    def _run_kernels(
+        self, u: Tensor, sequence: Tensor | None, prenorm: Tensor | None, residual: bool
+    ) -> Tensor:
+        """The same on mamba-ssm's and causal-conv1d's kernels (never run here: no GPU)."""
+        scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+        conv = importlib.import_module("causal_conv1d")
+        s, w = self.shape(u, prenorm is not None, residual), self.weights(prenorm)
+        source, u = u, u.to(s.dtype)
+        if prenorm is not None:
+            u = F.rms_norm(u, u.shape[-1:], eps=EPS)
+        # Rows of a width that is a multiple of 8, as the convolution needs; the rest stays unused.
+        width = w.inward.shape[0]
+        padding = _to_eight(width) - width
+        bias = None if w.inward_bias is None else F.pad(w.inward_bias, (0, padding)).to(s.dtype)
+        projected = F.linear(u, F.pad(w.inward, (0, 0, 0, padding)).to(s.dtype), bias)
+        z, xBC, dt, _ = torch.split(projected, [s.inner, s.mixed, s.heads, padding], -1)
+        if s.inner % 8 or s.mixed % 8:
+            xBC = F.pad(xBC, (0, _to_eight(s.mixed) - s.mixed))[..., : s.mixed]
+        xBC = conv.causal_conv1d_fn(
+            xBC.transpose(1, 2),
+            w.conv.to(s.dtype),
+            w.conv_bias.to(s.dtype),
+            seq_idx=sequence,
+            activation="silu",
+        ).transpose(1, 2)
+        x, B, C = torch.split(xBC, [s.inner, s.groups * s.states, s.groups * s.states], -1)
+        y = scan.mamba_chunk_scan_combined(
+            x.unflatten(-1, (s.heads, s.head_dim)),
+            dt,
+            w.A,
+            B.unflatten(-1, (s.groups, s.states)),
+            C.unflatten(-1, (s.groups, s.states)),
+            chunk_size=_power_of_two(s.chunk),
+            D=w.D.float(),
+            dt_bias=w.dt_bias,
+            dt_softplus=True,
+            seq_idx=sequence,
+        )
+        gated = (y.flatten(2) * F.silu(z)).unflatten(-1, (s.groups, -1))
+        normed = F.rms_norm(gated, gated.shape[-1:], eps=EPS).flatten(2)
+        bias = None if w.outward_bias is None else w.outward_bias.to(s.dtype)
+        out = F.linear(normed, w.outward.to(s.dtype), bias).to(source.dtype)
+        return source + out if residual else out
+
+
+def _matrix(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a Linear, or of whatever linear module has taken its place.
+
+    An adapter around the Linear (LoRA) is read off by what it makes of the unit vectors.
+    """
+    if type(linear) is nn.Linear:
+        return linear.weight, linear.bias
+    inner: Any = linear
+    while not isinstance(inner, nn.Linear):
+        inner = inner.base_layer
+    weight = inner.weight
+    bias = inner.bias
+    effect = linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).t()
+    return effect if bias is None else effect - bias.unsqueeze(1), bias
+
+
+def _missing_kernels() -> list[str]:
+    return [name for name in KERNELS if importlib.util.find_spec(name) is None]
+
+
+def _require_kernels() -> None:
+    if missing := _missing_kernels():
+        raise MissingExtraError(
+            f"scan_backend=mamba_ssm needs {', '.join(missing)}: "
+            "pip install --no-build-isolation 'fmrizoo[mamba]'"
+        )
+
+
+def _to_eight(width: int) -> int:
+    return math.ceil(width / 8) * 8
+
+
+def _power_of_two(chunk: int) -> int:
+    return 1 << max(4, (chunk - 1).bit_length())

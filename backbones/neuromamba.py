@@ -1,0 +1,482 @@
+"""NeuroMamba: a Mamba-2 over the in-brain patches of a clip, one long sequence of voxels.
+
+Source: "NeuroMamba" (direct sequence modelling of 4-D fMRI), sizes and order as published:
+background patches are dropped, the others follow each other in space (slow) and time (fast), get
+Fourier features of their position, and run through residual Mamba-2 blocks.
+What differs: which patches are dropped is decided for every clip by itself (the source takes the
+union over the batch), positions are projected by a trained Linear (the source's is a fixed random
+matrix), and positions may be in millimetres and seconds.
+
+Shapes: b samples, n tokens, d width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil, prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fmrizoo.backbones.mamba2 import BACKENDS, BATCHING, EPS, Mamba2, MixerState
+from fmrizoo.backbones.ssd import SHORTEST
+from fmrizoo.errors import DataError, RecipeError
+from fmrizoo.layers.coordinates import FEATURES, fourier_features, grid_centres, world_centres
+from fmrizoo.layers.patches import background_value
+from fmrizoo.layers.ragged import Pack, give_back
+from fmrizoo.registry import register_backbone, suggest
+from fmrizoo.types import Backbone, Batch, Features, Grid, Tokens, Voxels, check_checkpointing
+
+log = logging.getLogger(__name__)
+
+COORDINATES = ("grid", "world")
+
+
+@dataclass
+class NeuroMambaConfig:
+    """Mamba-2 over the in-brain patches of a clip, space slow, time fast (NeuroMamba)."""
+
+    name: str = "neuromamba"
+    img_size: list[int] = field(default_factory=lambda: [96, 96, 96, 20])  # voxels x y z, frames
+    patch_size: list[int] = field(default_factory=lambda: [6, 6, 6, 2])  # voxels x y z, frames
+    embed_dim: int = 192  # width
+    d_state: int | None = None  # states per head; None: embed_dim / 4
+    depth: int = 12  # blocks
+    d_conv: int = 4  # taps of the causal convolution
+    expand: int = 2  # inner width / embed_dim
+    head_dim: int = 64  # channels of a head
+    ngroups: int = 1  # groups of heads that share B and C
+    bidirectional: bool = False  # a second mixer per block reads the sequence backwards
+    order: str = "xyzt"  # of the tokens, slowest axis first
+    coordinates: str = "grid"  # positions as share of the grid, or world: mm and seconds
+    voxel_size: list[float] = field(default_factory=lambda: [2.0, 2.0, 2.0])  # mm, for world
+    extent: list[float] = field(
+        default_factory=lambda: [192.0, 192.0, 192.0, 60.0]
+    )  # mm x y z and seconds that count as 1, for world
+    drop_background: bool = True  # leave out patches without a brain voxel
+    scan_backend: str = "auto"  # torch | mamba_ssm (CUDA kernels) | auto: these where they can run
+    batching: str = "packed"  # packed: no padding is computed | padded
+    chunk_size: int = 64  # tokens of a chunk of the scan
+    drop_rate: float = 0.0  # dropout after each mixer
+
+    def __post_init__(self) -> None:
+        for key, count in (("img_size", 4), ("patch_size", 4), ("voxel_size", 3), ("extent", 4)):
+            value = getattr(self, key)
+            if len(value) != count or any(v <= 0 for v in value):
+                raise RecipeError(
+                    f"backbone.{key} needs {count} positive numbers (x, y, z"
+                    f"{', t' if count == 4 else ''}), got {list(value)}"
+                )
+        for key in ("embed_dim", "depth", "d_conv", "expand", "head_dim", "ngroups", "chunk_size"):
+            if getattr(self, key) < 1:
+                raise RecipeError(f"backbone.{key} must be ≥ 1, got {getattr(self, key)}")
+        if self.d_conv < 2:
+            raise RecipeError(f"backbone.d_conv must be ≥ 2, got {self.d_conv}")
+        if self.states < 1:
+            raise RecipeError(f"backbone.d_state must be ≥ 1, got {self.states}")
+        inner = self.expand * self.embed_dim
+        if inner % self.head_dim:
+            raise RecipeError(
+                f"backbone.head_dim={self.head_dim} does not divide the inner width "
+                f"expand·embed_dim = {inner}"
+            )
+        if (inner // self.head_dim) % self.ngroups:
+            raise RecipeError(
+                f"backbone.ngroups={self.ngroups} does not divide the {inner // self.head_dim} "
+                f"heads (expand·embed_dim / head_dim)"
+            )
+        if sorted(self.order) != sorted("xyzt"):
+            raise RecipeError(
+                f"backbone.order must hold each of x, y, z, t once (slowest first), got "
+                f"{self.order!r}"
+            )
+        choices = {"coordinates": COORDINATES, "scan_backend": BACKENDS, "batching": BATCHING}
+        for key, known in choices.items():
+            value = getattr(self, key)
+            if value not in known:
+                raise RecipeError(
+                    f"backbone.{key}={value!r} is not known.{suggest(value, list(known))}"
+                )
+        if not 0 <= self.drop_rate < 1:
+            raise RecipeError(f"backbone.drop_rate must be in [0, 1), got {self.drop_rate}")
+        if self.img_size[3] % self.patch_size[3]:
+            raise RecipeError(
+                f"a clip of {self.img_size[3]} frames does not divide into patches of "
+                f"{self.patch_size[3]} frames: change data.clip_frames or backbone.patch_size"
+            )
+
+    @property
+    def states(self) -> int:
+        """States per head."""
+        return self.embed_dim // 4 if self.d_state is None else self.d_state
+
+
+@dataclass
+class PlacedTokens(Tokens):
+    """Tokens with the features of their positions: ``where (b, n, 84)`` fp32.
+
+    ``values`` are without positions: an objective may hide a token's content, not its place.
+    """
+
+    where: Tensor | None = None
+
+
+class MambaBlock(nn.Module):
+    """``x += Mamba2(RMSNorm(x))``; two ways along the sequence if ``bidirectional``."""
+
+    def __init__(self, config: NeuroMambaConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.embed_dim, eps=EPS)  # its weight only: the mixer applies it
+        self.mixer = _mixer(config)
+        self.reverse = _mixer(config) if config.bidirectional else None
+        self.drop = nn.Dropout(config.drop_rate)
+
+    def forward(self, x: Tensor, pack: Pack) -> Tensor:
+        """``(b', l', d)`` → same shape."""
+        weight = self.norm.weight
+        if self.reverse is None and not (self.training and self.drop.p):
+            return self.mixer.run(x, pack, prenorm=weight, residual=True)
+        mixed = self.mixer.run(x, pack, prenorm=weight)
+        if self.reverse is not None:
+            mixed = mixed + self.reverse.run(x, pack, prenorm=weight, reverse=True)
+        out: Tensor = x + self.drop(mixed)
+        return out
+
+    def extend(self, x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        """The next tokens of sequences."""
+        mixed, state = self.mixer.extend(x, state, prenorm=self.norm.weight)
+        return x + self.drop(mixed), state
+
+
+def _mixer(config: NeuroMambaConfig) -> Mamba2:
+    return Mamba2(
+        config.embed_dim,
+        d_state=config.states,
+        d_conv=config.d_conv,
+        expand=config.expand,
+        head_dim=config.head_dim,
+        ngroups=config.ngroups,
+        chunk_size=config.chunk_size,
+        scan_backend=config.scan_backend,
+        batching=config.batching,
+    )
+
+
+@register_backbone("neuromamba", NeuroMambaConfig)
+class NeuroMamba(Backbone):
+    """``(b, 1, x, y, z, t)`` → one feature vector ``(embed_dim,)`` per kept patch.
+
+    Clips smaller than ``img_size`` lie in its corner; they may have any number of frames that the
+    patch divides. Without ``bidirectional`` every feature depends on its own and earlier tokens of
+    the sequence only, whether ``causal`` is asked for or not.
+    """
+
+    any_length = True
+    causal_unit = "token"
+
+    def __init__(self, config: NeuroMambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        px, py, pz, pt = config.patch_size
+        self.patch_size = (px, py, pz, pt)
+        self.reduction = self.patch_size
+        self.clip_grid = Grid(*config.img_size).padded(self.patch_size)
+        self.grid = self.clip_grid.divided(self.patch_size)
+        self.embed_dim = self.num_features = config.embed_dim
+        self.embed = nn.Linear(prod(self.patch_size), config.embed_dim)
+        self.position = nn.Linear(FEATURES, config.embed_dim)
+        self.blocks = nn.ModuleList(MambaBlock(config) for _ in range(config.depth))
+        self.norm = nn.RMSNorm(config.embed_dim, eps=EPS)
+        self.checkpointing = "none"
+        self._announced = ""
+
+    @classmethod
+    def supports(cls, config: NeuroMambaConfig) -> frozenset[str]:
+        """``causal``, unless the sequence is read both ways."""
+        return frozenset() if config.bidirectional else frozenset({"causal"})
+
+    def _blocks(self) -> list[MambaBlock]:
+        return cast(list[MambaBlock], list(self.blocks))
+
+    @property
+    def scan_backend(self) -> str:
+        """What the scans are computed with where the model is now: ``torch`` or ``mamba_ssm``."""
+        return self._blocks()[0].mixer.scan_backend
+
+    def set_checkpointing(self, mode: str) -> None:
+        """``block``: recompute a block at a time; ``window-chunk``: a slice of a block at a time.
+
+        ``window-chunk`` keeps the least: each block's input, and a state per slice.
+        """
+        self.checkpointing = check_checkpointing(mode)
+        for module in self.modules():
+            if isinstance(module, Mamba2):
+                module.recompute = mode == "window-chunk"
+
+    def tokenize(
+        self,
+        bold: Tensor,
+        mask: Tensor | None = None,
+        *,
+        background: Tensor | None = None,
+        tr: Tensor | None = None,
+    ) -> Tokens:
+        """Patches of ``bold (b, 1, x, y, z, t)`` with at least one brain voxel.
+
+        Without a mask, brain is what differs from the background in any frame. Tokens are padded
+        at the end to the longest sample; the ``index`` of padding points at left-out patches.
+
+        Raises:
+            DataError: not one channel, a clip larger than the grid, frames that no patch divides, a
+                clip without a brain voxel, or no ``tr`` although positions are in seconds.
+        """
+        if bold.ndim != 6 or bold.shape[1] != 1:
+            raise DataError(f"bold must be (b, 1, x, y, z, t), got {tuple(bold.shape)}")
+        self._check(Grid(*bold.shape[2:]))
+        if background is None:
+            background = background_value(bold, mask)
+        if mask is None:
+            mask = torch.ones_like(bold[:, 0, ..., 0], dtype=torch.bool)
+            if self.config.drop_background:
+                mask = (bold[:, 0] != background.view(-1, 1, 1, 1, 1)).any(-1)
+        return self._tokens(Voxels.of(bold, mask, background), tr)
+
+    def read(self, batch: Batch) -> Tokens:
+        """Tokens of a batch; a compact one is never made dense."""
+        if batch.voxels is None:
+            return super().read(batch)
+        self._check(batch.voxels.grid)
+        return self._tokens(batch.voxels, batch.tr)
+
+    def _check(self, clip: Grid) -> None:
+        if any(have > size for have, size in zip(clip[:3], self.clip_grid[:3], strict=True)):
+            raise DataError(
+                f"clip of {clip} voxels is larger than the model's grid {self.clip_grid}"
+            )
+        if clip.t % self.patch_size[3]:
+            raise DataError(
+                f"{clip.t} frames do not divide into patches of {self.patch_size[3]} frames"
+            )
+
+    def _tokens(self, voxels: Voxels, tr: Tensor | None) -> PlacedTokens:
+        grid = self.grid._replace(t=voxels.grid.t // self.patch_size[3])
+        parts = []
+        clips = zip(
+            torch.split(voxels.values, list(voxels.counts), 1),
+            voxels.split(voxels.index),
+            voxels.background,
+            strict=True,
+        )
+        for number, (values, cells, background) in enumerate(clips):
+            if not len(cells):
+                raise DataError(f"sample {number} of the batch is a clip without a brain voxel")
+            parts.append(self._patches(values, cells, background, voxels.grid, grid))
+        lengths = [len(part[0]) for part in parts]
+        patches, inside, index = (
+            torch.stack([_pad(part[i], max(lengths)) for part in parts]) for i in range(3)
+        )
+        place = torch.arange(max(lengths), device=patches.device)
+        valid = place < torch.tensor(lengths, device=patches.device).unsqueeze(1)
+        for sample, length in enumerate(lengths):
+            if length < max(lengths):
+                index[sample, length:] = _others(index[sample, :length], grid, max(lengths))
+        values = self.embed(patches)
+        return PlacedTokens(
+            values=values if min(lengths) == max(lengths) else values * valid.unsqueeze(-1),
+            index=index,
+            valid=valid,
+            grid=grid,
+            brain=inside.float().mean(-1),
+            patches=patches,
+            inside=inside,
+            where=self._where(index, tr),
+        )
+
+    def _patches(
+        self, values: Tensor, cells: Tensor, background: Tensor, clip: Grid, grid: Grid
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Kept patches of a clip in order: ``(n, p)`` voxels, ``(n, p)`` in brain, ``(n, 4)``."""
+        px, py, pz, pt = self.patch_size
+        x, y, z = cells // (clip.y * clip.z), cells // clip.z % clip.y, cells % clip.z
+        patch = ((x // px) * grid.y + y // py) * grid.z + z // pz
+        within = ((x % px) * py + y % py) * pz + z % pz
+        if self.config.drop_background:
+            kept, slot = torch.unique(patch, return_inverse=True)
+        else:
+            kept, slot = torch.arange(grid.x * grid.y * grid.z, device=cells.device), patch
+        size = px * py * pz
+        rows = slot * size + within
+        filled = background.to(values.dtype).expand(len(kept) * size, clip.t).clone()
+        filled.index_copy_(0, rows, values.t())
+        patches = filled.view(len(kept), size, grid.t, pt).transpose(1, 2).reshape(-1, size * pt)
+        brain = torch.zeros(len(kept) * size, dtype=torch.bool, device=cells.device)
+        brain[rows] = True
+        inside = brain.view(-1, 1, size, 1).expand(-1, grid.t, -1, pt).reshape(-1, size * pt)
+        space = torch.stack([kept // (grid.y * grid.z), kept // grid.z % grid.y, kept % grid.z], -1)
+        times = torch.arange(grid.t, device=cells.device)
+        index = torch.cat(
+            [space.repeat_interleave(grid.t, 0), times.repeat(len(kept)).unsqueeze(1)], 1
+        )
+        if self.config.order != "xyzt":
+            order = _flat(index, grid, self.config.order).argsort()
+            patches, inside, index = patches[order], inside[order], index[order]
+        return patches, inside, index
+
+    def _where(self, index: Tensor, tr: Tensor | None) -> Tensor:
+        """``(b, n, 84)`` features of the positions of patches at ``index (b, n, 4)``."""
+        if self.config.coordinates == "grid":
+            return fourier_features(grid_centres(index, self.grid))
+        extent, size = self.config.extent, self.config.voxel_size
+        return fourier_features(world_centres(index, self.patch_size, size, tr, extent))
+
+    def _placed(self, values: Tensor, where: Tensor) -> Tensor:
+        placed: Tensor = values + self.position(where.to(self.position.weight.dtype))
+        return placed
+
+    def encode(self, tokens: Tokens, *, causal: bool = False) -> Features:
+        """Run all blocks; features of padding are 0.
+
+        Raises:
+            RecipeError: ``causal`` is asked of a bidirectional model.
+        """
+        if causal and self.config.bidirectional:
+            raise RecipeError(
+                "neuromamba with bidirectional=true looks both ways: it cannot encode causally"
+            )
+        last = len(self.blocks) - 1
+        return self._run(tokens, {last})[last]
+
+    def forward_intermediates(
+        self, bold: Tensor, mask: Tensor | None = None, indices: Sequence[int] | None = None
+    ) -> list[Features]:
+        """Features after the blocks in ``indices`` (all by default); the last one's are normed."""
+        count = len(self.blocks)
+        wanted = list(range(count)) if indices is None else list(indices)
+        if bad := [i for i in wanted if not -count <= i < count]:
+            raise RecipeError(f"blocks {bad} do not exist: the backbone has {count}")
+        wanted = [i % count for i in wanted]
+        kept = self._run(self.tokenize(bold, mask), set(wanted))
+        return [kept[i] for i in wanted]
+
+    def _run(self, tokens: Tokens, keep: set[int]) -> dict[int, Features]:
+        self._announce()
+        where = getattr(tokens, "where", None)
+        if where is None:
+            where = self._where(tokens.index, None)
+        x = self._placed(tokens.values, where)
+        batch, length, _ = x.shape
+        lengths = tokens.valid.sum(1).tolist()
+        packs = self._blocks()[0].mixer.packs(lengths, length, x.device)
+        found: dict[int, list[Tensor]] = {number: [] for number in keep}
+        for pack in packs:
+            part = pack.take(x)
+            for number, block in enumerate(self._blocks()):
+                if self.checkpointing == "block" and torch.is_grad_enabled():
+                    part = checkpoint(block, part, pack, use_reentrant=False)
+                else:
+                    part = block(part, pack)
+                if number in keep:
+                    last = number == len(self.blocks) - 1
+                    found[number].append(self.norm(part) if last else part)
+        kept = {}
+        for number, parts in found.items():
+            values = give_back(packs, parts, batch, length)
+            if min(lengths) < length:
+                values = values * tokens.valid.unsqueeze(-1)
+            kept[number] = Features(values, tokens.index, tokens.valid, tokens.grid, tokens.brain)
+        return kept
+
+    def _announce(self) -> None:
+        """Say once what the scans are computed with."""
+        if self._announced != self.scan_backend:
+            self._announced = self.scan_backend
+            log.info("neuromamba scans with %s", self.scan_backend)
+
+    def place(self, patches: Tensor, index: Tensor, tr: Tensor | None = None) -> Tensor:
+        """``patches (b, n, p)`` at ``index (b, n, 4)`` → values with positions, for `extend`."""
+        return self._placed(self.embed(patches), self._where(index, tr))
+
+    def extend(self, values: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Features ``(b, n, d)`` of the next tokens, whose ``values`` are from :meth:`place`.
+
+        ``state`` holds a :class:`MixerState` a block. All samples must go on together, without
+        padding between calls.
+
+        Raises:
+            RecipeError: the model is bidirectional.
+        """
+        if self.config.bidirectional:
+            raise RecipeError("neuromamba with bidirectional=true cannot go on with a sequence")
+        self._announce()
+        states = [None] * len(self.blocks) if state is None else list(state)
+        after = []
+        for block, before in zip(self._blocks(), states, strict=True):
+            values, reached = block.extend(values, before)
+            after.append(reached)
+        return self.norm(values), after
+
+    def lora_targets(self) -> tuple[str, ...]:
+        """Suffixes of the Linear modules that low-rank adapters may wrap."""
+        return ("in_proj", "out_proj")
+
+    def flops(self, grid: Grid, mask: Tensor | None = None) -> dict[str, int]:
+        """FLOPs (2 per multiply-add) of the forward pass of one clip, by part.
+
+        ``mask (x, y, z)``: only patches that hold brain are counted, where background is dropped;
+        without one, all patches of the padded grid.
+        """
+        patches = self.grid.x * self.grid.y * self.grid.z
+        if mask is not None and self.config.drop_background:
+            cells = mask.nonzero() // torch.tensor(self.patch_size[:3], device=mask.device)
+            patches = len(torch.unique(cells, dim=0))
+        tokens = patches * (grid.t // self.patch_size[3])
+        mixer = self._blocks()[0].mixer
+        inner, states, size = mixer.inner, mixer.d_state, mixer.chunk_size
+        every = mixer.slice_length(1, self.embed.weight.device)
+        pairs = rows = 0
+        for start in range(0, tokens, every):
+            length = min(every, tokens - start)
+            chunk = min(size, SHORTEST * ceil(length / SHORTEST))
+            rows += ceil(length / chunk) * chunk
+            pairs += ceil(length / chunk) * chunk**2
+        mixers = len(self.blocks) * (2 if self.config.bidirectional else 1)
+        scan = pairs * (mixer.ngroups * states + inner) + 2 * rows * states * inner
+        return {
+            "patch_embed": 2 * tokens * prod(self.embed.weight.shape),
+            "positions": 2 * tokens * prod(self.position.weight.shape),
+            "projections": 2
+            * mixers
+            * tokens
+            * self.embed_dim
+            * (mixer.in_proj.out_features + inner),
+            "convolution": 2 * mixers * tokens * mixer.conv1d.weight.numel(),
+            "scan": 2 * mixers * scan,
+        }
+
+
+def _flat(index: Tensor, grid: Grid, order: str = "xyzt") -> Tensor:
+    """``(…, 4)`` coordinates → number of the cell when axes are walked in ``order``, slow first."""
+    flat = torch.zeros_like(index[..., 0])
+    for axis in order:
+        number = "xyzt".index(axis)
+        flat = flat * grid[number] + index[..., number]
+    return flat
+
+
+def _pad(rows: Tensor, length: int) -> Tensor:
+    """``rows (n, …)`` and zeros up to ``length``."""
+    out = rows.new_zeros(length, *rows.shape[1:])
+    out[: len(rows)] = rows
+    return out
+
+
+def _others(index: Tensor, grid: Grid, length: int) -> Tensor:
+    """The first ``length − n`` cells of ``grid`` that are not in ``index (n, 4)``."""
+    free = torch.ones(grid.size, dtype=torch.bool, device=index.device)
+    free[_flat(index, grid)] = False
+    cells = free.nonzero()[: length - len(index), 0]
+    return torch.stack(torch.unravel_index(cells, tuple(grid)), -1)
