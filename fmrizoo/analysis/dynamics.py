@@ -77,14 +77,17 @@ def _held_out(run: Path, store: Store) -> list[RunInfo]:
 def _table(run: Path, recipe: Recipe, backbone: Backbone, frames: int | None) -> ClipTable:
     """Clips that do not overlap, as long as the model takes them."""
     runs = _held_out(run, store := Store(recipe.data.store))
+    shortest = min(r.n_frames for r in runs)
     if backbone.any_length:
-        shortest = min(r.n_frames for r in runs)
         length = (min(frames or shortest, shortest) - 1) // recipe.data.frame_stride + 1
         length -= length % backbone.patch_size[3]
     else:
         length = backbone.clip_grid.t
     if length < 1:
-        raise DataError(f"stretches of {frames} frames are too short for an autocorrelation")
+        raise DataError(
+            f"{min(frames or shortest, shortest)} frames are less than one patch of "
+            f"{backbone.patch_size[3]} every {recipe.data.frame_stride} frames"
+        )
     return ClipTable.windows(store, runs, replace(recipe.data, clip_frames=length, clip_stride=1.0))
 
 
