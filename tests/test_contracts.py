@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fmrizoo
 from fmrizoo import zoo
+from fmrizoo.config import CHECKPOINTING, compose, to_dict
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.model import DownstreamModel, PretrainingModel
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES
-from fmrizoo.types import Backbone, Batch, Features, Grid, TaskSpec
+from fmrizoo.trainer.export import ModelInfo, save_model
+from fmrizoo.types import Backbone, Batch, Features, Grid, TaskSpec, Voxels
 
 # The smallest sensible build of every registered backbone, for a clip of CLIP voxels and frames.
 CLIP = Grid(12, 8, 8, 4)
@@ -27,6 +31,23 @@ SMALL = {
         "window_size": [2, 2, 2, 2],
         "patch_norm": True,
         "final_norm": True,
+    },
+    "swin_factorized": {
+        "img_size": list(CLIP),
+        "patch_size": [2, 2, 2, 2],
+        "embed_dim": 12,
+        "depths": [4, 4],
+        "num_heads": [2, 2],
+        "window_size": [2, 2, 2],
+        "temporal_window": 2,
+    },
+    "neuromamba": {
+        "img_size": list(CLIP),
+        "patch_size": [2, 2, 2, 2],
+        "embed_dim": 16,
+        "depth": 2,
+        "d_state": 8,
+        "head_dim": 8,
     },
 }
 TASKS = [
@@ -43,7 +64,8 @@ def backbone_of(name: str, seed: int = 0) -> Backbone:
 def batch_of(clips: int = 2, task: TaskSpec | None = None, seed: int = 0) -> Batch:
     torch.manual_seed(seed)
     mask = torch.zeros(clips, *CLIP[:3], dtype=torch.bool)
-    mask[:, 2:10, 1:7, 1:7] = True
+    for clip, brain in enumerate(mask):  # every brain has another size
+        brain[2 : 10 - clip, 1:7, 1 : 7 - clip] = True
     bold = torch.randn(clips, 1, *CLIP) * mask[:, None, ..., None]
     target = None
     if task is not None:
@@ -60,7 +82,17 @@ def batch_of(clips: int = 2, task: TaskSpec | None = None, seed: int = 0) -> Bat
     )
 
 
+def model_recipe(name: str, objective: str) -> dict[str, Any]:
+    section = {"name": name, **SMALL[name]}
+    return {"backbone": section, "objective": objective, "data": {"clip_frames": CLIP.t}}
+
+
 BACKBONE_NAMES = BACKBONES.list()
+CAUSAL = [
+    name
+    for name in BACKBONE_NAMES
+    if "causal" in type(backbone_of(name)).supports(backbone_of(name).config)
+]
 PAIRS = list(itertools.product(BACKBONE_NAMES, OBJECTIVES.list()))
 HEAD_PAIRS = list(itertools.product(BACKBONE_NAMES, HEADS.list()))
 
@@ -89,10 +121,14 @@ def test_backbone_shapes_are_what_it_declares(name: str) -> None:
 @pytest.mark.parametrize("name", BACKBONE_NAMES)
 def test_brain_share_of_tokens_and_features_adds_up_to_the_mask(name: str) -> None:
     backbone, batch = backbone_of(name), batch_of()
-    share = batch.mask.float().mean((1, 2, 3))
-    padding = Grid(*CLIP[:3], 1).size / Grid(*backbone.clip_grid[:3], 1).size
-    for part in (backbone.tokenize(batch.bold, batch.mask), backbone(batch.bold, batch.mask)):
-        torch.testing.assert_close(part.brain.mean(1), share * padding)
+    voxels = batch.mask.flatten(1).sum(1) * CLIP.t
+    tokens = backbone.tokenize(batch.bold, batch.mask)
+    for part, size in (
+        (tokens, backbone.patch_size),
+        (backbone.encode(tokens), backbone.reduction),
+    ):
+        share = (part.brain * part.valid).sum(1) * math.prod(size)
+        torch.testing.assert_close(share, voxels.float())
 
 
 @pytest.mark.parametrize("name", BACKBONE_NAMES)
@@ -105,10 +141,101 @@ def test_every_parameter_that_trains_gets_a_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKBONE_NAMES)
 def test_a_sample_does_not_depend_on_its_batch_mates(name: str) -> None:
+    """Clips with brains of other sizes beside it: other windows, more or less padding."""
     backbone, batch = backbone_of(name).eval(), batch_of(3)
     together = backbone(batch.bold, batch.mask).to_grid()
-    alone = backbone(batch.bold[1:2], batch.mask[1:2]).to_grid()
-    torch.testing.assert_close(together[1:2], alone, atol=1e-6, rtol=1e-5)
+    for clip in range(3):
+        alone = backbone(batch.bold[[clip]], batch.mask[[clip]]).to_grid()
+        torch.testing.assert_close(together[[clip]], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKBONE_NAMES)
+def test_voxels_outside_the_brain_change_nothing(name: str) -> None:
+    backbone, batch = backbone_of(name).eval(), batch_of()
+    noisy = torch.where(batch.mask[:, None, ..., None], batch.bold, torch.randn(2, 1, *CLIP))
+    kept, changed = (backbone(bold, batch.mask).values for bold in (batch.bold, noisy))
+    assert torch.equal(kept, changed)
+    inside = batch.bold + torch.randn(2, 1, *CLIP)
+    assert not torch.equal(kept, backbone(inside, batch.mask).values)
+
+
+@pytest.mark.parametrize("name", BACKBONE_NAMES)
+def test_a_smaller_clip_is_padded_with_its_background(name: str) -> None:
+    backbone, batch = backbone_of(name).eval(), batch_of()
+    bold, mask = batch.bold[:, :, :, :7, :6], batch.mask[:, :, :7, :6]
+    background = torch.tensor([-1.0, 2.0])
+    whole = background.view(2, 1, 1, 1, 1, 1).expand(2, 1, *CLIP).clone()
+    whole[:, :, :, :7, :6] = bold
+    padded = torch.nn.functional.pad(mask, (0, 2, 0, 1))
+    small, large = (
+        backbone.encode(backbone.tokenize(b, m, background=background)).to_grid()
+        for b, m in ((bold, mask), (whole, padded))
+    )
+    assert torch.equal(small, large)
+
+
+@pytest.mark.parametrize("name", BACKBONE_NAMES)
+def test_compact_and_dense_batches_give_the_same_features(name: str) -> None:
+    backbone, batch = backbone_of(name).eval(), batch_of()
+    background = torch.tensor([-3.0, 0.5])
+    voxels = Voxels.of(batch.bold, batch.mask, background)
+    compact = Batch.compact(
+        voxels, batch.mask, batch.tr, batch.subject, batch.run, batch.start, batch.target
+    )
+    dense = backbone.tokenize(batch.bold, batch.mask, background=background, tr=batch.tr)
+    a, b = (backbone.encode(t).values for t in (backbone.read(compact), dense))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_future_cannot_change_the_past(name: str, dtype: torch.dtype) -> None:
+    backbone, batch = backbone_of(name).eval().to(dtype), batch_of()
+    bold = batch.bold.to(dtype)
+    if backbone.causal_unit == "time":
+        for frame in range(backbone.patch_size[3], CLIP.t, backbone.patch_size[3]):
+            changed = bold.clone()
+            changed[..., frame:] += torch.randn_like(changed[..., frame:]).abs()
+            a, b = (backbone.encode(backbone.tokenize(v), causal=True) for v in (bold, changed))
+            slot = frame // backbone.patch_size[3]
+            assert torch.equal(a.to_grid()[..., :slot], b.to_grid()[..., :slot])
+            assert not torch.equal(a.to_grid()[..., slot:], b.to_grid()[..., slot:])
+        return
+    tokens = backbone.tokenize(bold, batch.mask)
+    a = backbone.encode(tokens, causal=True).values
+    for first in (1, 7, tokens.values.shape[1] // 2):
+        values = tokens.values.clone()
+        values[:, first:] += 1
+        b = backbone.encode(tokens.with_values(values), causal=True).values
+        assert torch.equal(a[:, :first], b[:, :first])
+        assert not torch.equal(a[:, first], b[:, first])
+
+
+@pytest.mark.parametrize("name", BACKBONE_NAMES)
+def test_clips_of_any_length_where_it_is_declared(name: str) -> None:
+    backbone = backbone_of(name).eval()
+    longer = torch.randn(1, 1, *CLIP[:3], 3 * CLIP.t)
+    if not backbone.any_length:
+        with pytest.raises(DataError, match="6 time tokens"):
+            backbone(longer)
+        return
+    grid = backbone(longer).to_grid()
+    assert grid.shape[-1] == 3 * CLIP.t // backbone.reduction[3] and grid.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+@pytest.mark.parametrize("name", BACKBONE_NAMES)
+def test_recomputed_activations_give_the_same_gradients(name: str, mode: str) -> None:
+    batch, found = batch_of(), []
+    for chosen in ("none", mode):
+        backbone = backbone_of(name)
+        backbone.set_checkpointing(chosen)
+        backbone(batch.bold, batch.mask).values.square().sum().backward()
+        found.append([p.grad for p in backbone.parameters() if p.grad is not None])
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(kept, again, atol=1e-5, rtol=1e-4)
+    with pytest.raises(RecipeError, match="checkpointing must be one of"):
+        backbone_of(name).set_checkpointing("all")
 
 
 @pytest.mark.parametrize("name", BACKBONE_NAMES)
@@ -145,7 +272,7 @@ def test_adapters_find_their_targets(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKBONE_NAMES)
 def test_analytic_flops_equal_those_that_are_run(name: str) -> None:
-    """Matrix products only; attention is counted on the math path, within 0.1 %."""
+    """Matrix products only; attention on the math path: within 0.1 %, Mamba 2 within 0.5 %."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -153,15 +280,31 @@ def test_analytic_flops_equal_those_that_are_run(name: str) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         backbone(batch.bold, batch.mask)
     counted = counter.get_total_flops()
-    assert abs(sum(backbone.flops(CLIP).values()) - counted) <= 1e-3 * counted
+    allowed = 5e-3 if name == "neuromamba" else 1e-3
+    analytic = sum(backbone.flops(CLIP, batch.mask[0]).values())
+    assert abs(analytic - counted) <= allowed * counted
 
 
 @pytest.mark.parametrize("name", BACKBONE_NAMES)
 def test_a_clip_that_does_not_fit_is_refused(name: str) -> None:
     backbone = backbone_of(name)
-    for size in [(14, 8, 8, 4), (12, 8, 8, 3)]:
-        with pytest.raises(DataError):
-            backbone.tokenize(torch.zeros(1, 1, *size))
+    cases = [
+        ((1, 1, 14, 8, 8, 4), "larger than the model's grid"),
+        ((1, 1, 12, 8, 8, 3), "3 frames do not divide into patches of 2"),
+        ((1, 1, 12, 8, 8, 1), "1 frames do not divide into patches of 2"),
+        ((1, 2, 12, 8, 8, 4), r"bold must be \(b, 1, x, y, z, t\)"),
+    ]
+    for shape, message in cases:
+        with pytest.raises(DataError, match=message):
+            backbone.tokenize(torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", BACKBONE_NAMES)
+def test_a_brain_without_voxels_is_refused(name: str) -> None:
+    backbone, batch = backbone_of(name), batch_of()
+    empty = batch.mask & torch.tensor([True, False]).view(2, 1, 1, 1)
+    with pytest.raises(DataError, match="without a brain voxel"):
+        backbone(batch.bold, empty).pooled("brain")
 
 
 @pytest.mark.parametrize(("name", "objective"), PAIRS)
@@ -180,7 +323,15 @@ def test_pair_learns_and_saves(name: str, objective: str, tmp_path: Path) -> Non
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.95 * losses[0]
+    model.eval()
+    info = ModelInfo(to_dict(compose(model_recipe(name, objective))))
+    save_model(tmp_path / "model", model, info)
+    again = fmrizoo.load(tmp_path / "model")
+    assert isinstance(again, PretrainingModel)
+    with torch.no_grad():
+        assert torch.equal(again(batch)[0], model(batch)[0])
     filled = model.reconstruct(batch)
+    assert torch.equal(again.reconstruct(batch).predicted, filled.predicted)
     assert filled.truth.shape == filled.predicted.shape == filled.masked.shape == (2, *CLIP)
     assert filled.masked.dtype == torch.bool
 
@@ -239,7 +390,7 @@ def test_full_fine_tuning_moves_the_encoder(name: str, head: str) -> None:
 
 @pytest.mark.parametrize("name", zoo.list_recipes())
 def test_every_shipped_recipe_composes_and_comes_back_equal(name: str) -> None:
-    from fmrizoo.config import compose, to_dict, to_yaml
+    from fmrizoo.config import to_yaml
 
     recipe = zoo.load_recipe(name)
     assert compose(to_dict(recipe)) == recipe
