@@ -5,5 +5,13 @@ if __name__ != "fmrizoo.backbones":
 
 from fmrizoo.backbones.neuromamba import NeuroMamba, NeuroMambaConfig
 from fmrizoo.backbones.swin4d import Swin4D, Swin4DConfig
+from fmrizoo.backbones.swin_factorized import SwinFactorized, SwinFactorizedConfig
 
-__all__ = ["NeuroMamba", "NeuroMambaConfig", "Swin4D", "Swin4DConfig"]
+__all__ = [
+    "NeuroMamba",
+    "NeuroMambaConfig",
+    "Swin4D",
+    "Swin4DConfig",
+    "SwinFactorized",
+    "SwinFactorizedConfig",
+]
