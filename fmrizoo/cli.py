@@ -337,6 +337,42 @@ def _show(results: list[Result]) -> None:
 
 
 @app.command()
+def forecast(
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder of a pretraining that forecasts.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Data settings: data.store=…, …", show_default=False),
+    ] = None,
+    *,
+    frames: Annotated[int, typer.Option(help="How far to go.", show_default=False)],
+    file: Annotated[
+        Path, typer.Option("--out", "-o", help="NIfTI file to write.", show_default=False)
+    ],
+    run: Annotated[
+        str | None,
+        typer.Option(help="Run of the store to go on from.", show_default="the first held out"),
+    ] = None,
+    start: Annotated[int, typer.Option(help="First frame of the clip to go on from.")] = 0,
+) -> None:
+    """Roll a model forward after a clip → NIfTI in the unit of the data."""
+    from fmrizoo.forecast import write_forecast
+
+    done = write_forecast(
+        run_folder, file, frames=frames, run=run, start=start, overrides=overrides or []
+    )
+    said = f"{done.path}: {done.frames} frames ({done.frames * done.seconds:g} s) of {done.run}"
+    said += f" from frame {done.first}"
+    if done.error is not None and done.persistence is not None:
+        said += (
+            f"; mean absolute error over the {done.recorded} that were recorded "
+            f"{done.error:.4g}, of repeating the frame before them {done.persistence:.4g}"
+        )
+    out.print(said, soft_wrap=True, highlight=False)
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Run folders, searched recursively.")],
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -78,6 +79,15 @@ def write_atomic(path: Path, content: bytes) -> None:
         replace_content(path, content)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """:func:`write_atomic` of a compressed NumPy archive."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_atomic(path, content.getvalue())
 
 
 def canonical(values: Any) -> bytes:

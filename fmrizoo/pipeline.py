@@ -22,6 +22,8 @@ from fmrizoo.data.loader import Loader
 from fmrizoo.data.splits import Split, make_split, unit_of
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import CheckpointError, DataError, RecipeError
+from fmrizoo.files import write_arrays
+from fmrizoo.forecast import learns_to_forecast, write_example
 from fmrizoo.model import DownstreamModel, PretrainingModel
 from fmrizoo.registry import BACKBONES, HEADS
 from fmrizoo.types import Backbone, Grid, RunKey, TaskSpec
@@ -133,7 +135,8 @@ def pretrain(recipe: Recipe, out: Path, *, on_step: OnStep | None = None) -> Tra
     """Train a backbone with an objective on the training runs of the recipe's split.
 
     Validation runs give the validation loss, test runs are never opened. Writes the run folder
-    ``out`` (recipe, split, metrics, checkpoints, exported model, one reconstructed clip).
+    ``out`` (recipe, split, metrics, checkpoints, exported model, one reconstructed clip, and a
+    forecast of one if the objective teaches it).
 
     Raises:
         RecipeError: no objective, or a model that does not fit the data.
@@ -175,6 +178,7 @@ def pretrain(recipe: Recipe, out: Path, *, on_step: OnStep | None = None) -> Tra
     )
     if world.main and result.model is not None:
         _reconstruct(out, held_out or table, recipe)
+        write_example(out, held_out or table, recipe)
     return result
 
 
@@ -205,18 +209,17 @@ def _reconstruct(out: Path, table: ClipTable, recipe: Recipe) -> None:
     batch = compact.to_batch("cpu")
     filled = model.reconstruct(batch)
     contract = table.contract(recipe.data.normalization)
-    temporary = out / f".{RECONSTRUCTION}"
-    with temporary.open("wb") as file:
-        np.savez_compressed(
-            file,
-            truth=filled.truth[0].numpy(),
-            predicted=filled.predicted[0].numpy(),
-            masked=filled.masked[0].numpy(),
-            mask=batch.mask[0].numpy(),
-            voxel_size=np.array(contract.voxel_size),
-            tr=np.array(float(batch.tr[0])),
-        )
-    temporary.replace(path)
+    write_arrays(
+        path,
+        truth=filled.truth[0].numpy(),
+        predicted=filled.predicted[0].numpy(),
+        masked=filled.masked[0].numpy(),
+        mask=batch.mask[0].numpy(),
+        voxel_size=np.array(contract.voxel_size),
+        tr=np.array(float(batch.tr[0])),
+        # Frames of a step, of a model that predicts each step from those before it; else 0.
+        step=np.array(model.backbone.patch_size[3] if learns_to_forecast(recipe) else 0),
+    )
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------
@@ -299,14 +302,9 @@ def finetune(
 
 def _check_contract(contract: Any, table: ClipTable, recipe: Recipe, source: Path) -> None:
     """The encoder's preprocessing contract must be the data's."""
-    if contract is None:
-        raise CheckpointError(f"{source} carries no preprocessing contract")
-    found = table.contract(recipe.data.normalization)
-    if differences := contract.differences(found):
-        raise CheckpointError(
-            f"the model in {source} was trained on data preprocessed in another way than "
-            f"{table.store.path}: {'; '.join(differences)}"
-        )
+    from fmrizoo.trainer.export import check_contract
+
+    check_contract(contract, table.contract(recipe.data.normalization), source, table.store.path)
 
 
 def _check_leak(seen: Sequence[str], data: _Data, parts: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVELS = {
     4: ("cli", "__main__", "report", "pipeline", "inspection", "screens"),
-    3: ("trainer", "evaluate", "analysis"),
+    3: ("trainer", "evaluate", "analysis", "forecast"),
     2: ("heads", "objectives", "data", "model", "weights", "zoo"),
     1: ("backbones",),
     0: ("config", "registry", "types", "layers", "errors", "files"),

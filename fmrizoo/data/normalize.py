@@ -19,6 +19,7 @@ mean … iqr are over brain voxels × frames. ``znorm_minback`` is what SwiFT wa
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,24 +72,50 @@ def voxel_affine(reader: RunReader, mode: str) -> VoxelAffine:
     Raises:
         DataError: unknown mode, or a run whose spread in that mode is zero.
     """
-    describe(mode)
-    coded = reader.decoder
-    if mode == "voxel":
-        varying = coded.std > 0
-        inverse = np.divide(1.0, coded.std, out=np.zeros(reader.n_vox), where=varying)
-        shift, background = coded.mean, 0.0
-    else:
-        shift_value, spread, background = _global(reader.statistics, mode)
-        if not spread > 0:
-            raise DataError(
-                f"{reader.path}, run {reader.name}: normalization {mode!r} would divide by "
-                f"{spread:g}; choose another data.normalization"
-            )
-        shift, inverse = np.full(reader.n_vox, shift_value), np.full(reader.n_vox, 1 / spread)
+    shift, spread, background = _shift_and_spread(reader, mode)
+    coded, varying = reader.decoder, spread > 0
+    inverse = np.divide(1.0, spread, out=np.zeros(reader.n_vox), where=varying)
     # In float64: BOLD means are large against the differences that matter.
     a = coded.scale.astype(np.float64) * inverse
     b = (coded.offset.astype(np.float64) - shift) * inverse
     return VoxelAffine(a.astype(np.float32), b.astype(np.float32), background)
+
+
+def to_source(
+    reader: RunReader, mode: str, values: NDArray[np.floating[Any]]
+) -> NDArray[np.float32]:
+    """Normalised brain voxels back in the source's unit, as :meth:`RunReader.read` gives them.
+
+    Args:
+        reader: The run whose statistics normalised them.
+        mode: How.
+        values: ``(…, n_vox)``.
+
+    Raises:
+        DataError: as :func:`voxel_affine`.
+    """
+    shift, spread, _ = _shift_and_spread(reader, mode)
+    return np.asarray(values * spread + shift, np.float32)
+
+
+def _shift_and_spread(
+    reader: RunReader, mode: str
+) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]], float]:
+    """``x = (v - shift) / spread`` per brain voxel (0 where the spread is 0), and the background.
+
+    Raises:
+        DataError: unknown mode, or a run without spread.
+    """
+    describe(mode)
+    if mode == "voxel":
+        return reader.decoder.mean, reader.decoder.std, 0.0
+    shift, spread, background = _global(reader.statistics, mode)
+    if not spread > 0:
+        raise DataError(
+            f"{reader.path}, run {reader.name}: normalization {mode!r} would divide by "
+            f"{spread:g}; choose another data.normalization"
+        )
+    return np.full(reader.n_vox, shift), np.full(reader.n_vox, spread), background
 
 
 def _global(s: dict[str, float], mode: str) -> tuple[float, float, float]:

@@ -151,3 +151,23 @@ def read_model(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
             f"{CONFIG} says {info.sha256[:12]}…; copy or export the model again"
         )
     return load_file(path), info
+
+
+def check_contract(expected: Contract | None, found: Contract, model: Path, data: Path) -> None:
+    """Refuse data that were preprocessed in another way than a model expects.
+
+    Args:
+        expected: The model's (None: it was saved without one).
+        found: Of the data, with the normalisation that is applied at load.
+        model, data: Where they are, for the message.
+
+    Raises:
+        CheckpointError: no contract, or one that differs.
+    """
+    if expected is None:
+        raise CheckpointError(f"{model} carries no preprocessing contract")
+    if differences := expected.differences(found):
+        raise CheckpointError(
+            f"the model in {model} was trained on data preprocessed in another way than "
+            f"{data}: {'; '.join(differences)}"
+        )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fmrizoo.config import NORMALIZATIONS
-from fmrizoo.data.normalize import describe, loaded_contract, voxel_affine
+from fmrizoo.data.normalize import describe, loaded_contract, to_source, voxel_affine
 from fmrizoo.data.store import Store
 from fmrizoo.errors import DataError
 
@@ -38,6 +38,18 @@ def test_modes(mode: str, acquisition: str, sample_store: Store) -> None:
     # The statistics are of the source, `values` are as quantised: 0.7 % of a voxel's s.d. apart.
     assert np.abs(got - want).max() < 0.02 * max(1.0, want.std())
     assert affine.background == pytest.approx(background, abs=0.01 * max(1.0, want.std()))
+
+
+@pytest.mark.parametrize("mode", NORMALIZATIONS)
+@pytest.mark.parametrize("acquisition", ["1slice", "25mm"])
+def test_to_source_undoes_every_mode(mode: str, acquisition: str, sample_store: Store) -> None:
+    reader = sample_store.open(f"sub-001_task-objects_acq-{acquisition}_run-02")
+    affine = voxel_affine(reader, mode)
+    stored = reader.read_compact(0, 5)[:, : reader.n_vox].astype(np.float32)
+    values = reader.read(0, 5)[reader.mask].T
+    back = to_source(reader, mode, affine.a * stored + affine.b)
+    # float32 values of some thousand, normalised and back.
+    np.testing.assert_allclose(back, values, atol=1e-5 * values.max())
 
 
 def test_a_run_without_spread_is_refused(sample_store: Store) -> None:
