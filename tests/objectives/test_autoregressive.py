@@ -20,6 +20,7 @@ from objective_stubs import (
 )
 from torch import Tensor
 
+import fmrizoo
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.model import PretrainingModel
 from fmrizoo.objectives import (
@@ -272,6 +273,69 @@ def test_a_model_that_learned_no_forecasting_says_so() -> None:
         model_of("time").forecast(batch_of(1), 0)
 
 
+# --- on the real backbones -----------------------------------------------------------------------
+
+REAL: dict[str, dict[str, Any]] = {
+    "swin4d": {"name": "swin4d", "depths": [2, 2], "num_heads": [1, 2]},
+    "swin_factorized": {"name": "swin_factorized", "depths": [4, 4], "num_heads": [1, 2]},
+    "neuromamba": {"name": "neuromamba", "depth": 2, "d_state": 8, "head_dim": 8},
+}
+TIME_SLOWEST = {**REAL["neuromamba"], "order": "txyz"}
+
+
+def real_model(section: dict[str, Any]) -> PretrainingModel:
+    torch.manual_seed(0)
+    shared = {"img_size": list(CLIP), "patch_size": [2, 2, 2, 2], "embed_dim": 24}
+    model = fmrizoo.build(backbone={**shared, **section}, objective="autoregressive")
+    assert isinstance(model, PretrainingModel)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_short_training_beats_persistence_on_ramps(name: str) -> None:
+    """All voxels move along lines, which persistence cannot see."""
+    model = real_model(REAL[name]).train()
+    batch = first_frames(ramp_of(4), CLIP.t)
+    batch = compact_of(replace(batch, bold=batch.bold / 5))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(160):
+        loss, logs = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert logs["loss"] < 0.7 * logs["persistence"]
+
+
+@pytest.mark.parametrize("name", ["swin4d", "swin_factorized"])
+def test_the_swins_next_slots_depend_on_no_later_frame(name: str) -> None:
+    model, batch = real_model(REAL[name]), batch_of(2)
+    before = model.reconstruct(batch).predicted
+    for slot in (1, 2, 3):
+        changed = batch.bold.clone()
+        changed[..., SLOT * slot :] += torch.randn(())
+        after = model.reconstruct(compact_of(replace(batch, bold=changed))).predicted
+        assert torch.equal(
+            after[..., SLOT : SLOT * (slot + 1)], before[..., SLOT : SLOT * slot + 2]
+        )
+
+
+@pytest.mark.parametrize("section", [REAL["neuromamba"], TIME_SLOWEST], ids=["xyzt", "txyz"])
+def test_neuromamba_walks_as_it_would_encode(section: dict[str, Any]) -> None:
+    """Within 1e-4: a state carried step by step against the scan of the whole sequence."""
+    model, batch = real_model(section), batch_of(1)
+    with torch.no_grad():
+        expected = recomputed(model, batch, 5)
+    torch.testing.assert_close(model.forecast(batch, 5), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_backbone_forecasts_clips_of_different_brains(name: str) -> None:
+    model, batch = real_model(REAL[name]), batch_of(3)
+    found = model.forecast(batch, 5)
+    assert found.shape == (3, *CLIP[:3], 5) and found.isfinite().all()
+    assert (found[~batch.mask] == 9.0).all() and found[batch.mask].std() > 0
+
+
 # --- forecasts -----------------------------------------------------------------------------------
 
 
@@ -334,34 +398,30 @@ def test_clips_are_forecast_alike_alone_and_together(kind: str) -> None:
 
 
 def recomputed(model: PretrainingModel, batch: Batch, frames: int) -> Tensor:
-    """The same forecast from whole encodings only, one token after the other."""
-    made: list[Tensor] = []
-    voxels = batch.voxels
-    assert voxels is not None
-    x, y, z, _ = CLIP
-    seen = voxels.values[SLOT:]
-    while len(made) * SLOT < frames:
-        values = torch.cat([seen, torch.zeros(SLOT, seen.shape[1])])
-        whole = replace(voxels, values=values)
-        tokens = model.backbone.read(replace(batch, bold=whole))
-        unknown = (tokens.index[0, :, 3] == tokens.grid.t - 1).nonzero()[:, 0].tolist()
-        slot = torch.full((8, 6, 4, SLOT), 9.0)
-        for i in unknown:
-            features = model.backbone.encode(tokens, causal=True)
-            patch = model.objective.decoder(features.values[:, i - 1])
-            patch = torch.where(tokens.inside[:, i], patch, 9.0)
-            placed = model.backbone.place(patch[:, None], tokens.index[:, i : i + 1], batch.tr)
-            values = tokens.values.clone()
-            values[:, i] = placed[:, 0]
-            tokens = tokens.with_values(values)
-            a, b, c = (2 * v for v in tokens.index[0, i, :3].tolist())
-            slot[a : a + 2, b : b + 2, c : c + 2] = patch.view(2, 2, 2, 2)
-        new = Voxels.of(slot[None, None, :x, :y, :z], batch.mask, voxels.background).values
+    """The forecast of one clip by whole encodings only, each after one token more is known."""
+    backbone, (px, py, pz, pt) = model.backbone, model.backbone.patch_size
+    kept = batch.grid.t - pt
+    seen, made = batch.bold[0, 0, ..., pt:], []
+    for _ in range(0, frames, pt):
+        whole = torch.cat([seen, torch.zeros(*seen.shape[:3], pt)], -1)
+        index = backbone.read(with_bold(batch, whole)).index[0]
+        for u in (index[:, 3] == kept // pt).nonzero()[:, 0].tolist():
+            features = backbone.encode(backbone.read(with_bold(batch, whole)), causal=True)
+            patch = model.objective.decoder(features.values[0, u - 1]).view(px, py, pz, pt)
+            x, y, z = (index[u, :3] * torch.tensor([px, py, pz])).tolist()
+            place = whole[x : x + px, y : y + py, z : z + pz, kept:]
+            a, b, c, _ = place.shape  # cut where the patch pads the clip
+            place.copy_(patch[:a, :b, :c])
+        new = with_bold(batch, whole).bold[0, 0, ..., kept:]
         made.append(new)
-        seen = torch.cat([seen, new])[SLOT:]
-    return replace(voxels, values=torch.cat(made)[:frames], grid=CLIP._replace(t=frames)).dense()[
-        :, 0
-    ]
+        seen = torch.cat([seen, new], -1)[..., -kept:]
+    return torch.cat(made, -1)[None, ..., :frames]
+
+
+def with_bold(batch: Batch, bold: Tensor) -> Batch:
+    """The batch of one clip with other frames ``(x, y, z, t)``."""
+    assert batch.background is not None
+    return replace(batch, bold=Voxels.of(bold[None, None], batch.mask, batch.background))
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
