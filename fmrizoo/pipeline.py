@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,16 +186,16 @@ def pretrain(recipe: Recipe, out: Path, *, on_step: OnStep | None = None) -> Tra
 def _mean_loss(
     table: ClipTable, recipe: Recipe, classes: Sequence[str] = ()
 ) -> Callable[[torch.nn.Module, torch.device], dict[str, float]]:
-    """Mean loss over all clips of ``table``, with the same masks every time."""
+    """Means of the model's logs over all clips of ``table``, with the same masks every time."""
 
     def validate(model: torch.nn.Module, device: torch.device) -> dict[str, float]:
         dtype = next(model.parameters()).dtype
-        total = count = 0.0
+        totals: defaultdict[str, float] = defaultdict(float)
         for compact in _whole(table, recipe, classes).epoch():
-            loss, _ = model(compact.to_batch(device, dtype))
-            total += float(loss) * len(compact)
-            count += len(compact)
-        return {"loss": total / count}
+            _, logs = model(compact.to_batch(device, dtype))
+            for name, value in logs.items():
+                totals[name] += float(value) * len(compact)
+        return {name: value / len(table) for name, value in totals.items()}
 
     return validate
 
