@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fmrizoo.backbones.mamba2_slices import Mix, Shape, Weights
-from fmrizoo.backbones.ssd import check_range
+from fmrizoo.backbones.ssd import check_range, step
 from fmrizoo.errors import MissingExtraError, RecipeError
 from fmrizoo.layers.ragged import Pack, by_length, end_to_end, give_back, together
 
@@ -216,6 +216,8 @@ class Mamba2(nn.Module):
 
         Calls one after the other equal one call on the whole. Always computed with ``torch``.
         """
+        if u.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
+            return self._step(u, state, prenorm, residual)
         return self._run_slices(u, state, prenorm, residual)
 
     def weights(self, prenorm: Tensor | None = None) -> Weights:
@@ -278,6 +280,36 @@ class Mamba2(nn.Module):
             out, tail, scan = Mix.apply(u, tail, scan, s, *w)
         return out, MixerState(tail, scan)
 
+    def _step(
+        self, u: Tensor, state: MixerState, prenorm: Tensor | None, residual: bool
+    ) -> tuple[Tensor, MixerState]:
+        """One token, without what a slice needs to be cut and put together."""
+        s = self.shape(u, prenorm is not None, residual)
+        w = self.weights(prenorm).cast(s.dtype)
+        source, u = u, u[:, 0].to(s.dtype)
+        with torch.autocast(u.device.type, enabled=False):
+            if prenorm is not None:
+                u = F.rms_norm(u, u.shape[-1:], eps=EPS)
+            projected = F.linear(u, w.inward, w.inward_bias)
+            z, xBC, dt = torch.split(projected, [s.inner, s.mixed, s.heads], -1)
+            window = torch.cat([state.tail, xBC.unsqueeze(1)], 1)
+            mixed = F.silu((window * w.conv.t()).sum(1) + w.conv_bias)
+            x, B, C = torch.split(mixed, [s.inner, s.groups * s.states, s.groups * s.states], -1)
+            y, scan = step(
+                torch.unflatten(x, -1, (s.heads, s.head_dim)),
+                F.softplus(dt.to(w.A.dtype) + w.dt_bias),
+                w.A,
+                torch.unflatten(B, -1, (s.groups, s.states)),
+                torch.unflatten(C, -1, (s.groups, s.states)),
+                state.scan,
+                w.D,
+            )
+            gated = (y.flatten(1) * F.silu(z)).view(len(u), s.groups, -1)
+            normed = F.rms_norm(gated, gated.shape[-1:], eps=EPS).flatten(1)
+            out = F.linear(normed, w.outward, w.outward_bias).unsqueeze(1)
+        out = (source + out if residual else out).to(source.dtype)
+        return out, MixerState(window[:, 1:], scan)
+
     def _run_kernels(
         self, u: Tensor, sequence: Tensor | None, prenorm: Tensor | None, residual: bool
     ) -> Tensor:
@@ -305,11 +337,11 @@ class Mamba2(nn.Module):
         ).transpose(1, 2)
         x, B, C = torch.split(xBC, [s.inner, s.groups * s.states, s.groups * s.states], -1)
         y = scan.mamba_chunk_scan_combined(
-            x.unflatten(-1, (s.heads, s.head_dim)),
+            torch.unflatten(x, -1, (s.heads, s.head_dim)),
             dt,
             w.A,
-            B.unflatten(-1, (s.groups, s.states)),
-            C.unflatten(-1, (s.groups, s.states)),
+            torch.unflatten(B, -1, (s.groups, s.states)),
+            torch.unflatten(C, -1, (s.groups, s.states)),
             chunk_size=_power_of_two(s.chunk),
             D=w.D.float(),
             dt_bias=w.dt_bias,

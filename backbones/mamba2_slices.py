@@ -89,7 +89,6 @@ class Slice(NamedTuple):
     raw_dt: Tensor  # (b, l, h) before the softplus
     dt: Tensor  # (b, L, h) in chunks
     y: Tensor  # (b, L, i) in chunks
-    final: Tensor  # state
     gate: Tensor  # (b, l, i) silu(z)
     normed: Tensor  # (b, l, i)
     scale: Tensor  # (b, l, g, 1) 1 / rms
@@ -137,9 +136,7 @@ def forward_slice(
     if out is not None:
         result = F.linear(normed, w.outward, w.outward_bias)
         out.copy_(source + result if s.residual else result)
-    kept_slice = Slice(
-        u, z, inputs, convolved, mixed, raw_dt, dt, y, state, gate, normed, scale, u_scale
-    )
+    kept_slice = Slice(u, z, inputs, convolved, mixed, raw_dt, dt, y, gate, normed, scale, u_scale)
     return tail, state, kept_slice, kept, chunks
 
 
@@ -166,7 +163,7 @@ class Sums:
         """Add the sum of ``values (b, l, …)`` over tokens, where the weight exists."""
         if name in self.of:
             target = self.of[name]
-            target[rows] += values.sum((0, 1), dtype=target.dtype)
+            target[rows] += values.sum((0, 1))
 
 
 def backward_slice(
@@ -194,12 +191,12 @@ def backward_slice(
         (x, k.dt, w.A, B, C, w.D),
         kept,
         k.y.view(heads),
-        k.final,
         chunks.spread(d_y).view(heads),
         d_state,
     )
     sums.of["A"] += d.A
-    sums.rows("D", everything, d.D[None, None])
+    if d.D is not None:
+        sums.of["D"] += d.D
     d_raw = chunks.collect(d.dt, length) * torch.sigmoid(k.raw_dt)
     sums.rows("dt_bias", everything, d_raw)
     d_mixed = torch.cat([t.flatten(2) for t in (d.x, d.B, d.C)], -1)
@@ -226,9 +223,9 @@ def _parts(mixed: Tensor, s: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """``x (b, L, h, p)``, ``B, C (b, L, g, n)``: views of ``mixed (b, L, m)``."""
     x, B, C = torch.split(mixed, [s.inner, s.groups * s.states, s.groups * s.states], -1)
     return (
-        x.unflatten(-1, (s.heads, s.head_dim)),
-        B.unflatten(-1, (s.groups, s.states)),
-        C.unflatten(-1, (s.groups, s.states)),
+        torch.unflatten(x, -1, (s.heads, s.head_dim)),
+        torch.unflatten(B, -1, (s.groups, s.states)),
+        torch.unflatten(C, -1, (s.groups, s.states)),
     )
 
 
@@ -272,8 +269,7 @@ def _convolve_backward(d: Tensor, k: Slice, w: Weights, sums: Sums) -> Tensor:
     inner = framed[:, taps - 1 : taps - 1 + length]
     inner.copy_(torch.ops.aten.silu_backward(d, k.convolved))
     for tap in range(taps):
-        shifted = inner * k.inputs[:, tap : tap + length]
-        sums.of["conv"][:, tap] += shifted.sum((0, 1), dtype=sums.of["conv"].dtype)
+        sums.of["conv"][:, tap] += (inner * k.inputs[:, tap : tap + length]).sum((0, 1))
     sums.rows("conv_bias", slice(None), inner)
     return _convolve(framed, w.conv.flip(1).contiguous(), None)
 
@@ -304,7 +300,7 @@ class Mix(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if needed:
             ctx.save_for_backward(u if s.recompute else None, *given, *kept)
-        return out, tail, state.clone()
+        return out, tail, state
 
     @staticmethod
     @once_differentiable

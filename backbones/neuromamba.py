@@ -26,6 +26,7 @@ from fmrizoo.backbones.mamba2 import BACKENDS, BATCHING, EPS, Mamba2, MixerState
 from fmrizoo.backbones.ssd import SHORTEST
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.layers.coordinates import FEATURES, fourier_features, grid_centres, world_centres
+from fmrizoo.layers.kept import keep_patches
 from fmrizoo.layers.patches import background_value
 from fmrizoo.layers.ragged import Pack, give_back
 from fmrizoo.registry import register_backbone, suggest
@@ -264,67 +265,22 @@ class NeuroMamba(Backbone):
 
     def _tokens(self, voxels: Voxels, tr: Tensor | None) -> PlacedTokens:
         grid = self.grid._replace(t=voxels.grid.t // self.patch_size[3])
-        parts = []
-        clips = zip(
-            torch.split(voxels.values, list(voxels.counts), 1),
-            voxels.split(voxels.index),
-            voxels.background,
-            strict=True,
+        kept = keep_patches(
+            voxels, self.patch_size, grid, self.config.order, self.config.drop_background
         )
-        for number, (values, cells, background) in enumerate(clips):
-            if not len(cells):
-                raise DataError(f"sample {number} of the batch is a clip without a brain voxel")
-            parts.append(self._patches(values, cells, background, voxels.grid, grid))
-        lengths = [len(part[0]) for part in parts]
-        patches, inside, index = (
-            torch.stack([_pad(part[i], max(lengths)) for part in parts]) for i in range(3)
-        )
-        place = torch.arange(max(lengths), device=patches.device)
-        valid = place < torch.tensor(lengths, device=patches.device).unsqueeze(1)
-        for sample, length in enumerate(lengths):
-            if length < max(lengths):
-                index[sample, length:] = _others(index[sample, :length], grid, max(lengths))
-        values = self.embed(patches)
+        values = self.embed(kept.patches)
+        if not bool(kept.valid.all()):
+            values = values * kept.valid.unsqueeze(-1)
         return PlacedTokens(
-            values=values if min(lengths) == max(lengths) else values * valid.unsqueeze(-1),
-            index=index,
-            valid=valid,
+            values=values,
+            index=kept.index,
+            valid=kept.valid,
             grid=grid,
-            brain=inside.float().mean(-1),
-            patches=patches,
-            inside=inside,
-            where=self._where(index, tr),
+            brain=kept.inside.float().mean(-1),
+            patches=kept.patches,
+            inside=kept.inside,
+            where=self._where(kept.index, tr),
         )
-
-    def _patches(
-        self, values: Tensor, cells: Tensor, background: Tensor, clip: Grid, grid: Grid
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Kept patches of a clip in order: ``(n, p)`` voxels, ``(n, p)`` in brain, ``(n, 4)``."""
-        px, py, pz, pt = self.patch_size
-        x, y, z = cells // (clip.y * clip.z), cells // clip.z % clip.y, cells % clip.z
-        patch = ((x // px) * grid.y + y // py) * grid.z + z // pz
-        within = ((x % px) * py + y % py) * pz + z % pz
-        if self.config.drop_background:
-            kept, slot = torch.unique(patch, return_inverse=True)
-        else:
-            kept, slot = torch.arange(grid.x * grid.y * grid.z, device=cells.device), patch
-        size = px * py * pz
-        rows = slot * size + within
-        filled = background.to(values.dtype).expand(len(kept) * size, clip.t).clone()
-        filled.index_copy_(0, rows, values.t())
-        patches = filled.view(len(kept), size, grid.t, pt).transpose(1, 2).reshape(-1, size * pt)
-        brain = torch.zeros(len(kept) * size, dtype=torch.bool, device=cells.device)
-        brain[rows] = True
-        inside = brain.view(-1, 1, size, 1).expand(-1, grid.t, -1, pt).reshape(-1, size * pt)
-        space = torch.stack([kept // (grid.y * grid.z), kept // grid.z % grid.y, kept % grid.z], -1)
-        times = torch.arange(grid.t, device=cells.device)
-        index = torch.cat(
-            [space.repeat_interleave(grid.t, 0), times.repeat(len(kept)).unsqueeze(1)], 1
-        )
-        if self.config.order != "xyzt":
-            order = _flat(index, grid, self.config.order).argsort()
-            patches, inside, index = patches[order], inside[order], index[order]
-        return patches, inside, index
 
     def _where(self, index: Tensor, tr: Tensor | None) -> Tensor:
         """``(b, n, 84)`` features of the positions of patches at ``index (b, n, 4)``."""
@@ -456,27 +412,3 @@ class NeuroMamba(Backbone):
             "convolution": 2 * mixers * tokens * mixer.conv1d.weight.numel(),
             "scan": 2 * mixers * scan,
         }
-
-
-def _flat(index: Tensor, grid: Grid, order: str = "xyzt") -> Tensor:
-    """``(…, 4)`` coordinates → number of the cell when axes are walked in ``order``, slow first."""
-    flat = torch.zeros_like(index[..., 0])
-    for axis in order:
-        number = "xyzt".index(axis)
-        flat = flat * grid[number] + index[..., number]
-    return flat
-
-
-def _pad(rows: Tensor, length: int) -> Tensor:
-    """``rows (n, …)`` and zeros up to ``length``."""
-    out = rows.new_zeros(length, *rows.shape[1:])
-    out[: len(rows)] = rows
-    return out
-
-
-def _others(index: Tensor, grid: Grid, length: int) -> Tensor:
-    """The first ``length − n`` cells of ``grid`` that are not in ``index (n, 4)``."""
-    free = torch.ones(grid.size, dtype=torch.bool, device=index.device)
-    free[_flat(index, grid)] = False
-    cells = free.nonzero()[: length - len(index), 0]
-    return torch.stack(torch.unravel_index(cells, tuple(grid)), -1)

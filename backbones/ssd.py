@@ -191,7 +191,8 @@ class Kept(NamedTuple):
 
     fed: Tensor  # (b·c·g, q, r·p) x · dt · e^(mid − cs)
     attention: Tensor  # (b·c·g, q, q) tril(C Bᵀ)
-    states: Tensor  # (b, c, g, n, r, p) before each chunk
+    states: Tensor  # (b, c + 1, g, n, r, p) before and after each chunk
+    carried: Tensor  # (b·c·g, n, r·p) states before each chunk · e^mid
     down: Tensor  # (b, c, q, h) e^(cs − mid)
     up: Tensor  # (b, c, q, h) e^(mid − cs)
     mid: Tensor  # (b, c, h) e^mid
@@ -211,19 +212,20 @@ def scan(
     fed = _stack(x, (up * dt.view(b, c, q, h)).to(x.dtype), g)
     Bs, Cs = _group(B, c), _group(C, c)
     attention = torch.bmm(Cs, Bs.transpose(1, 2)).tril_()
-    states = torch.bmm(Bs.transpose(1, 2), fed).view(b, c, g, n, r, p).to(state.dtype)
-    states.mul_(_over_states(rest, g))
+    own = torch.bmm(Bs.transpose(1, 2), fed).view(b, c, g, n, r, p)
+    states = state.new_empty(b, c + 1, g, n, r, p)
+    states[:, 0] = state
+    torch.mul(own.to(state.dtype), _over_states(rest, g), out=states[:, 1:])
     decays = _over_states(through, g)
     for i in range(c):
-        after = torch.addcmul(states[:, i], state, decays[:, i])
-        states[:, i] = state
-        state = after
-    carried = (states * _over_states(mid, g)).to(x.dtype).view(b * c * g, n, r * p)
+        states[:, i + 1].addcmul_(states[:, i], decays[:, i])
+    carried = (states[:, :-1] * _over_states(mid, g)).to(x.dtype).view(b * c * g, n, r * p)
     y = torch.baddbmm(torch.bmm(attention, fed), Cs, carried)
     y = _unstack(y, b, c, h).mul_(down.to(x.dtype)[..., None]).view(b, length, h, p)
     if D is not None:
-        y.add_(x * D.to(x.dtype)[:, None])
-    return y, state, Kept(fed, attention, states, down, up, mid, rest, through)
+        y.addcmul_(x, D.to(x.dtype)[:, None])
+    final = states[:, -1].clone()  # not a view that keeps all states alive
+    return y, final, Kept(fed, attention, states, carried, down, up, mid, rest, through)
 
 
 class Gradients(NamedTuple):
@@ -242,7 +244,6 @@ def scan_backward(
     inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
     kept: Kept,
     y: Tensor,
-    final: Tensor,
     dy: Tensor,
     dstate: Tensor | None,
 ) -> Gradients:
@@ -251,8 +252,8 @@ def scan_backward(
     Args:
         inputs: x, dt, A, B, C, D as given to :func:`scan`.
         kept: From :func:`scan`.
-        y, final: Its outputs.
-        dy, dstate: Gradients of both; ``dstate`` None: 0.
+        y: Its output.
+        dy, dstate: Gradients of both outputs; ``dstate`` None: 0.
     """
     x, dt, A, B, C, D = inputs
     b, length, h, p = x.shape
@@ -267,32 +268,29 @@ def scan_backward(
     d_states = torch.bmm(Cs.transpose(1, 2), out).view(b, c, g, n, r, p).to(wide)
     d_states.mul_(_over_states(kept.mid, g))
     decays = _over_states(kept.through, g)
-    current = torch.zeros_like(final) if dstate is None else dstate
-    d_total = torch.empty_like(kept.mid)
-    after = final
+    current = torch.zeros_like(kept.states[:, 0]) if dstate is None else dstate
     for i in range(c - 1, -1, -1):
-        # All of the state after a chunk scales with e^total.
-        d_total[:, i] = (after * current).sum((2, 4)).flatten(1)
         before = torch.addcmul(d_states[:, i], current, decays[:, i])
         d_states[:, i] = current
-        current, after = before, kept.states[:, i]
+        current = before
+    # All of the state after a chunk scales with e^total.
+    d_total = (kept.states[:, 1:] * d_states).sum((3, 5)).view(b, c, h)
     d_own = (d_states * _over_states(kept.rest, g)).to(x.dtype).view(b * c * g, n, r * p)
-    carried = (kept.states * _over_states(kept.mid, g)).to(x.dtype).view(b * c * g, n, r * p)
     d_fed = torch.baddbmm(torch.bmm(Bs, d_own), kept.attention.transpose(1, 2), out)
     d_B = torch.bmm(kept.fed, d_own.transpose(1, 2)).baddbmm_(d_attention.transpose(1, 2), Cs)
-    d_C = torch.bmm(out, carried.transpose(1, 2)).baddbmm_(d_attention, Bs)
+    d_C = torch.bmm(out, kept.carried.transpose(1, 2)).baddbmm_(d_attention, Bs)
     d_fed = _unstack(d_fed, b, c, h)
     rows = (b, c, q, h, p)
-    per_x = (d_fed * x.view(rows)).sum(-1, dtype=wide) * kept.up
+    per_x = _dot(d_fed, x.view(rows), wide) * kept.up
     steps = dt.view(b, c, q, h)
-    d_cs = (y.view(rows) * dy.view(rows)).sum(-1, dtype=wide) - per_x * steps
+    d_cs = _dot(y.view(rows), dy.view(rows), wide) - per_x * steps
     d_x = d_fed.mul_((kept.up * steps).to(x.dtype)[..., None]).view_as(x)
     d_D = None
     if D is not None:
-        direct = (x.view(rows) * dy.view(rows)).sum(-1, dtype=wide)
+        direct = _dot(x.view(rows), dy.view(rows), wide)
         d_cs -= direct * D.to(wide)
         d_D = direct.sum((0, 1, 2))
-        d_x.add_(dy * D.to(x.dtype)[:, None])
+        d_x.addcmul_(dy, D.to(x.dtype)[:, None])
     d_cs[:, :, -1] += d_total
     d_a = d_cs.flip(2).cumsum(2).flip(2)
     d_dt = (per_x + d_a * A).view_as(dt)
@@ -322,6 +320,11 @@ def _power(k: Tensor) -> Tensor:
     if k.dtype == torch.float64:
         return (k.clamp(min=-1023) + 1023).to(torch.int64).bitwise_left_shift_(52).view(k.dtype)
     return (k.clamp(min=-127) + 127).to(torch.int32).bitwise_left_shift_(23).view(k.dtype)
+
+
+def _dot(a: Tensor, b: Tensor, wide: torch.dtype) -> Tensor:
+    """Sum of products over the last axis. The sum is rounded once: a CPU copies all to widen it."""
+    return (a * b).sum(-1).to(wide)
 
 
 def _over_states(factor: Tensor, g: int) -> Tensor:
@@ -364,15 +367,15 @@ class _SSD(torch.autograd.Function):
         padded = [chunks.spread(t).contiguous() for t in (x, dt, B, C)]
         y, final, kept = scan(padded[0], padded[1], A, padded[2], padded[3], state, D, chunks.size)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*padded, A, D, y, final, *kept)
+        ctx.save_for_backward(*padded, A, D, y, *kept)
         ctx.chunks, ctx.length = chunks, x.shape[1]
-        return chunks.collect(y, x.shape[1]), final.clone()
+        return chunks.collect(y, x.shape[1]), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        x, dt, B, C, A, D, y, final, *kept = ctx.saved_tensors
+        x, dt, B, C, A, D, y, *kept = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else ctx.chunks.spread(dy).contiguous()
-        d = scan_backward((x, dt, A, B, C, D), Kept(*kept), y, final, dy, dstate)
+        d = scan_backward((x, dt, A, B, C, D), Kept(*kept), y, dy, dstate)
         dx, ddt, dB, dC = (ctx.chunks.collect(t, ctx.length) for t in (d.x, d.dt, d.B, d.C))
         return dx, ddt, d.A, dB, dC, d.state, d.D, None
