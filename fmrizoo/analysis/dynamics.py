@@ -21,7 +21,7 @@ from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.loader import Loader
 from fmrizoo.data.splits import Split
 from fmrizoo.data.store import RunInfo, Store
-from fmrizoo.errors import CheckpointError, DataError
+from fmrizoo.errors import CheckpointError, DataError, FmrizooError
 from fmrizoo.files import write_atomic
 from fmrizoo.model import DownstreamModel, PretrainingModel
 from fmrizoo.types import Backbone, Batch
@@ -136,6 +136,8 @@ def read_analysis(path: Path) -> Autocorrelation:
         if not isinstance(body, dict) or body.get("schema") != SCHEMA:
             raise DataError(f"{path} is not an analysis of fmrizoo (schema {SCHEMA})")
         return _from_dict(body["autocorrelation"])
+    except FmrizooError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not a readable analysis: {error}") from None
 

@@ -12,6 +12,11 @@ from typing import Any, TypeVar
 
 import yaml
 
+from fmrizoo.analysis.autocorrelation import Autocorrelation
+from fmrizoo.analysis.dynamics import FILE as ANALYSIS
+from fmrizoo.analysis.dynamics import read_analysis
+from fmrizoo.analysis.memory import FILE as MEMORY
+from fmrizoo.analysis.memory import MemoryRow, read_memory
 from fmrizoo.errors import DataError, FmrizooError
 from fmrizoo.evaluate.predictions import Prediction, read_predictions
 from fmrizoo.evaluate.results import FILE as RESULTS
@@ -52,6 +57,7 @@ class Run:
     picture: Picture | None = None
     result: Result | None = None
     predictions: tuple[Prediction, ...] = ()
+    analysis: Autocorrelation | None = None
 
     @property
     def pretraining(self) -> bool:
@@ -70,6 +76,7 @@ class Evidence:
 
     runs: tuple[Run, ...]
     problems: tuple[str, ...]
+    memory: tuple[MemoryRow, ...] = ()
 
     @property
     def results(self) -> list[Result]:
@@ -90,36 +97,55 @@ def collect(folders: Sequence[Path]) -> Evidence:
     """
     runs: dict[Path, Run] = {}
     problems: list[str] = []
+    memory: dict[Path, tuple[MemoryRow, ...]] = {}
     for top in folders:
         if not top.is_dir():
             raise DataError(f"{top} is not a folder: give run folders or a folder that holds them")
         for root, below, files in os.walk(top):
             below[:] = sorted(b for b in below if not b.startswith(".") and b != "checkpoints")
             here = Path(root).resolve()
+            label = here.relative_to(top.resolve()).as_posix()
+            label = top.name if label == "." else label
+            if MEMORY in files and here not in memory:
+                memory[here] = _attempt(here, label, problems, MEMORY, read_memory, ())
             if here in runs or not {RESULTS, METRICS} & set(files):
                 continue
-            label = here.relative_to(top.resolve()).as_posix()
-            runs[here] = _read(here, top.name if label == "." else label, problems)
-    if not runs:
+            runs[here] = _read(here, label, problems)
+    if not runs and not memory:
         where = ", ".join(map(str, folders))
-        raise DataError(f"no {METRICS} and no {RESULTS} under {where}: nothing to report")
+        raise DataError(
+            f"no {METRICS}, no {RESULTS} and no {MEMORY} under {where}: nothing to report"
+        )
     for problem in problems:
         log.warning("report: %s", problem)
     ordered = sorted(runs.values(), key=lambda r: r.folder)
-    return Evidence(tuple(ordered), tuple(problems))
+    measured = tuple(row for folder in sorted(memory) for row in memory[folder])
+    return Evidence(tuple(ordered), tuple(problems), measured)
+
+
+def _attempt(
+    folder: Path,
+    label: str,
+    problems: list[str],
+    name: str,
+    read: Callable[[Path], T],
+    otherwise: T,
+) -> T:
+    """``read(folder / name)``; a file that is absent or cannot be read gives ``otherwise``."""
+    path = folder / name
+    if not path.is_file():
+        return otherwise
+    try:
+        return read(path)
+    except (FmrizooError, OSError, ValueError, yaml.YAMLError) as error:
+        text = str(error).replace(f"{folder}/", "").splitlines()[0]
+        problems.append(f"{label}/{name} was left out: {text}")
+        return otherwise
 
 
 def _read(folder: Path, label: str, problems: list[str]) -> Run:
     def attempt(name: str, read: Callable[[Path], T], otherwise: T) -> T:
-        path = folder / name
-        if not path.is_file():
-            return otherwise
-        try:
-            return read(path)
-        except (FmrizooError, OSError, ValueError, yaml.YAMLError) as error:
-            text = str(error).replace(f"{folder}/", "").splitlines()[0]
-            problems.append(f"{label}/{name} was left out: {text}")
-            return otherwise
+        return _attempt(folder, label, problems, name, read, otherwise)
 
     run = Run(
         folder,
@@ -131,6 +157,7 @@ def _read(folder: Path, label: str, problems: list[str]) -> Run:
         picture=attempt(RECONSTRUCTION, read_picture, None),
         result=attempt(RESULTS, read_result, None),
         predictions=attempt(PREDICTIONS, lambda p: tuple(read_predictions(p)[0]), ()),
+        analysis=attempt(ANALYSIS, read_analysis, None),
     )
     if run.result and run.result.n_test and run.result.name != "Chance" and not run.predictions:
         problems.append(

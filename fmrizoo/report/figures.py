@@ -204,16 +204,20 @@ def losses(curves: Sequence[Curve], ylabel: str, alt: str) -> Image:
         )
     )
     with style():
-        figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+        names = [_label(curve) for curve in curves]
+        lines = -(-len(names) // _columns(names))
+        height = 2.9 + 0.17 * max(0, lines - 2)  # a long key takes no room from the curves
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
         for curve in curves:
             color, ls = colors[curve.name], (0, (3, 2)) if curve.dashed else "-"
             for steps, values in curve.runs:
                 axes.plot(steps, values, color=color, lw=0.7, alpha=0.25)
             at, mean = _mean_curve(curve)
-            label = curve.name + (" (validation)" if curve.dashed else "")
             marker = "o" if len(at) < 15 else None
-            axes.plot(at, mean, color=color, lw=1.8, ls=ls, label=label, marker=marker, ms=3)
+            axes.plot(
+                at, mean, color=color, lw=1.8, ls=ls, label=_label(curve), marker=marker, ms=3
+            )
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(ylabel)
         axes.set_xlim(left=0)
@@ -224,10 +228,21 @@ def losses(curves: Sequence[Curve], ylabel: str, alt: str) -> Image:
             figure.legend(
                 *axes.get_legend_handles_labels(),
                 loc="outside upper left",
-                ncols=2 if len(curves) <= 4 else 3,
+                ncols=_columns(names),
                 fontsize=8.5,
             )
         return svg(figure, alt)
+
+
+def _label(curve: Curve) -> str:
+    return curve.name + (" (validation)" if curve.dashed else "")
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Columns of a key that fit beside each other."""
+    longest = 0.062 * max(map(len, labels)) + 0.6  # inches, with the line before the text
+    most = 2 if len(labels) <= 4 else 3
+    return max(1, min(most, int(WIDTH / longest)))
 
 
 def _mean_curve(curve: Curve) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

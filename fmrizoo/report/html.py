@@ -14,7 +14,8 @@ from fmrizoo import __version__
 from fmrizoo.evaluate import metrics
 from fmrizoo.evaluate.summary import Row
 from fmrizoo.files import write_atomic
-from fmrizoo.report import figures, pictures, sections
+from fmrizoo.report import analysis, figures, pictures, sections
+from fmrizoo.report.analysis import MemoryFigure
 from fmrizoo.report.collect import Evidence, Run, collect
 from fmrizoo.report.figures import Image
 from fmrizoo.report.reconstruction import fill_errors
@@ -92,6 +93,8 @@ class Page:
     version: str
     tasks: tuple[dict[str, Any], ...]
     pictures: tuple[PictureSection, ...]
+    dynamics: Image | None
+    memory: tuple[MemoryFigure, ...]
     curves: tuple[tuple[str, Image], ...]
     data: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
     methods: tuple[str, ...]
@@ -112,7 +115,7 @@ def write_report(
     Args:
         folders: Run folders, or folders that hold them at any depth. Used: ``results.json``,
             ``predictions.tsv``, ``metrics.jsonl``, ``recipe.yaml``, ``reconstruction.npz``,
-            ``env.json``, ``model/config.json``.
+            ``env.json``, ``model/config.json``, ``analysis.json``; ``memory.json`` of any folder.
         out: The HTML file (written atomically).
         title: Heading.
         citations: Sources and licences of the data, shown as they are.
@@ -130,12 +133,17 @@ def write_report(
         version=__version__,
         tasks=tuple(_task(t) for t in tasks),
         pictures=shown,
+        dynamics=analysis.dynamics(evidence),
+        memory=tuple(analysis.memory(evidence)),
         curves=tuple(sections.curves(evidence)),
         data=tuple(sections.data(evidence)),
         methods=tuple(sections.methods(evidence, tasks)),
         environment=tuple(sections.environment(evidence)),
         citations=tuple(citations),
-        missing=tuple(sections.missing(evidence, tasks, len(shown))),
+        missing=(
+            *sections.missing(evidence, tasks, len(shown)),
+            *analysis.missing(evidence),
+        ),
     )
     write_atomic(out, render(page).encode())
     return ReportSummary(out, tuple(_lines(tasks, shown, evidence)), page.missing)

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from report_measured import dynamics, memory_rows
 
+from fmrizoo.analysis.dynamics import write_analysis
+from fmrizoo.analysis.memory import write_memory
 from fmrizoo.evaluate.predictions import Prediction, evaluate, write_predictions
 from fmrizoo.evaluate.results import Parameters, Result, TaskInfo, write_result
 from fmrizoo.types import TaskSpec
@@ -140,6 +143,8 @@ def build(top: Path, grid: tuple[int, int, int] = (40, 20, 1)) -> Path:
     recipe = {**pre, **shared, "train": train}
     write_run(top / "pretrain", 400, recipe, run_names(0, "train"), start=1.0, end=0.55)
     np.savez(top / "pretrain" / "reconstruction.npz", **clip_arrays(grid))
+    write_analysis(top / "pretrain", dynamics())
+    write_memory(top / "memory", memory_rows())
     tune = {"backbone": {"name": "swin4d"}, "head": {"name": "linear"}, **shared, "train": train}
     for number, (name, (skill, init, trains)) in enumerate(VARIANTS.items()):
         for fold in range(FOLDS):
