@@ -64,14 +64,16 @@ def sizes_of(backbone: str) -> list[Size]:
         MissingExtraError: it needs a package that is not installed.
     """
     with torch.device("meta"):
-        found = [_size("default", "", create_backbone(backbone), 0)]
-        for recipe in list_recipes(f"{PRESETS}/{backbone}_*"):
-            composed = load_recipe(recipe)
-            if composed.backbone.name == backbone:
-                name = recipe.removeprefix(f"{PRESETS}/{backbone}_")
+        default = create_backbone(backbone)
+    found = []
+    for recipe in list_recipes(f"{PRESETS}/{backbone}_*"):
+        composed = load_recipe(recipe)
+        if composed.backbone.name == backbone:
+            with torch.device("meta"):
                 model = cast(PretrainingModel, build_model(composed))
-                found.append(_size(name, recipe, model.backbone, _parameters(model)))
-    return [found[0], *sorted(found[1:], key=lambda s: s.parameters)]
+            name = recipe.removeprefix(f"{PRESETS}/{backbone}_")
+            found.append(_size(name, recipe, model.backbone, _parameters(model)))
+    return [_size("default", "", default, 0), *sorted(found, key=lambda s: s.parameters)]
 
 
 def _parameters(model: nn.Module) -> int:
@@ -81,10 +83,9 @@ def _parameters(model: nn.Module) -> int:
 def _size(name: str, recipe: str, backbone: Backbone, whole: int) -> Size:
     clip = backbone.clip_grid
     patches = Grid(*(ceil(s / p) for s, p in zip(clip, backbone.patch_size, strict=True)))
-    with torch.device("cpu"):
-        mask = brain_of(clip[:3])
-        flops = sum(backbone.flops(clip).values())
-        inside = sum(backbone.flops(clip, mask).values())
+    mask = brain_of(clip[:3])
+    flops = sum(backbone.flops(clip).values())
+    inside = sum(backbone.flops(clip, mask).values())
     kept = patches.size
     if inside < flops:
         kept = _patches_with(mask, backbone.patch_size[:3]) * patches.t
