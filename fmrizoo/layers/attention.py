@@ -29,7 +29,9 @@ class Windows:
         groups: Consecutive windows.
         outer: The rows are so many equal blocks, each of which ``groups`` cuts. More than one
             block: every group is a single window.
-        rotation: ``(rows of a block, head_dim / 2)`` complex, see :mod:`fmrizoo.layers.rope`.
+        rotation: ``(length, head_dim / 2)`` complex: rotary positions of the rows, which are blocks
+            of ``length`` (not those of ``outer``), all turned alike; see
+            :mod:`fmrizoo.layers.rope`.
     """
 
     groups: tuple[Group, ...]
