@@ -63,7 +63,7 @@ def test_swift_at_full_size_learns_from_resampled_runs(tmp_path: Path) -> None:
             "train.max_micro_batch=1",
             "train.lr=1e-3",
             "train.precision=bf16",
-            "train.checkpointing=block",
+            "train.checkpointing=window-chunk",
             "train.save_every=0",
             "train.validate_every=0",
         ],
