@@ -220,6 +220,7 @@ def _reconstruct(out: Path, table: ClipTable, recipe: Recipe) -> None:
         tr=np.array(float(batch.tr[0])),
         # Frames of a step, of a model that predicts each step from those before it; else 0.
         step=np.array(model.backbone.patch_size[3] if learns_to_forecast(recipe) else 0),
+        unit=np.array(model.backbone.causal_unit),
     )
 
 

@@ -11,7 +11,8 @@ What a step is, the backbone says (``Backbone.causal_unit``):
 
 What differs from the source: only in-brain voxels are scored unless asked, the loss is averaged per
 clip before it is averaged over clips, and beside it the log holds that of persistence (nothing
-changes any more): what a model has to beat to have learned anything.
+changes any more): what a model has to beat to have learned anything. (Next-token models see the
+same moment at other places, which persistence does not: a forecast is the fair comparison.)
 """
 
 from __future__ import annotations

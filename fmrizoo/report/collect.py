@@ -21,6 +21,8 @@ from fmrizoo.errors import DataError, FmrizooError
 from fmrizoo.evaluate.predictions import Prediction, read_predictions
 from fmrizoo.evaluate.results import FILE as RESULTS
 from fmrizoo.evaluate.results import Result, read_result
+from fmrizoo.report.ahead import FILE as FORECAST
+from fmrizoo.report.ahead import Ahead, read_ahead
 from fmrizoo.report.reconstruction import FILE as RECONSTRUCTION
 from fmrizoo.report.reconstruction import Picture, read_picture
 
@@ -55,6 +57,7 @@ class Run:
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     picture: Picture | None = None
+    ahead: Ahead | None = None
     result: Result | None = None
     predictions: tuple[Prediction, ...] = ()
     analysis: Autocorrelation | None = None
@@ -155,6 +158,7 @@ def _read(folder: Path, label: str, problems: list[str]) -> Run:
         model=attempt(MODEL, _json, {}),
         environment=attempt(ENVIRONMENT, _json, {}),
         picture=attempt(RECONSTRUCTION, read_picture, None),
+        ahead=attempt(FORECAST, read_ahead, None),
         result=attempt(RESULTS, read_result, None),
         predictions=attempt(PREDICTIONS, lambda p: tuple(read_predictions(p)[0]), ()),
         analysis=attempt(ANALYSIS, read_analysis, None),

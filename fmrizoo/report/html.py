@@ -14,11 +14,11 @@ from fmrizoo import __version__
 from fmrizoo.evaluate import metrics
 from fmrizoo.evaluate.summary import Row
 from fmrizoo.files import write_atomic
-from fmrizoo.report import analysis, figures, pictures, sections
+from fmrizoo.report import analysis, figures, sections, shown
 from fmrizoo.report.analysis import MemoryFigure
-from fmrizoo.report.collect import Evidence, Run, collect
+from fmrizoo.report.collect import Evidence, collect
 from fmrizoo.report.figures import Image
-from fmrizoo.report.reconstruction import fill_errors
+from fmrizoo.report.shown import Shown
 from fmrizoo.report.words import (
     CHANCE,
     LABELS,
@@ -72,19 +72,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class PictureSection:
-    """One pretraining run's filled-in clip."""
-
-    label: str
-    slices: Image
-    courses: Image
-    errors: tuple[tuple[str, str, bool], ...]
-    sides: str
-    share: str
-    says: str
-
-
-@dataclass(frozen=True)
 class Page:
     """Everything the template shows."""
 
@@ -92,7 +79,8 @@ class Page:
     date: str
     version: str
     tasks: tuple[dict[str, Any], ...]
-    pictures: tuple[PictureSection, ...]
+    pictures: tuple[Shown, ...]
+    forecasts: tuple[Shown, ...]
     dynamics: Image | None
     memory: tuple[MemoryFigure, ...]
     curves: tuple[tuple[str, Image], ...]
@@ -115,7 +103,8 @@ def write_report(
     Args:
         folders: Run folders, or folders that hold them at any depth. Used: ``results.json``,
             ``predictions.tsv``, ``metrics.jsonl``, ``recipe.yaml``, ``reconstruction.npz``,
-            ``env.json``, ``model/config.json``, ``analysis.json``; ``memory.json`` of any folder.
+            ``forecast.npz``, ``env.json``, ``model/config.json``, ``analysis.json``;
+            ``memory.json`` of any folder.
         out: The HTML file (written atomically).
         title: Heading.
         citations: Sources and licences of the data, shown as they are.
@@ -126,13 +115,15 @@ def write_report(
     """
     evidence = collect(folders)
     tasks = task_reports(evidence)
-    shown = tuple(p for run in evidence.pretrainings if (p := _picture(run)))
+    runs = evidence.pretrainings
+    filled = tuple(part for run in runs if (part := shown.filled_in(run)))
     page = Page(
         title=title,
         date=datetime.now(UTC).strftime("%-d %B %Y"),
         version=__version__,
         tasks=tuple(_task(t) for t in tasks),
-        pictures=shown,
+        pictures=filled,
+        forecasts=tuple(part for run in runs if (part := shown.forecast(run))),
         dynamics=analysis.dynamics(evidence),
         memory=tuple(analysis.memory(evidence)),
         curves=tuple(sections.curves(evidence)),
@@ -141,12 +132,12 @@ def write_report(
         environment=tuple(sections.environment(evidence)),
         citations=tuple(citations),
         missing=(
-            *sections.missing(evidence, tasks, len(shown)),
+            *sections.missing(evidence, tasks, len(filled)),
             *analysis.missing(evidence),
         ),
     )
     write_atomic(out, render(page).encode())
-    return ReportSummary(out, tuple(_lines(tasks, shown, evidence)), page.missing)
+    return ReportSummary(out, tuple(_lines(tasks, filled, evidence)), page.missing)
 
 
 def render(page: Page) -> str:
@@ -259,36 +250,7 @@ def _spread_words(scored: Sequence[Row]) -> str:
     return "Without repetitions there is no ±."
 
 
-def _picture(run: Run) -> PictureSection | None:
-    picture = run.picture
-    if picture is None:
-        return None
-    errors = fill_errors(picture)
-    best = min(errors.values())
-    rivals = {name: e for name, e in errors.items() if name != "the model"}
-    rival = min(rivals, key=lambda name: rivals[name])
-    ratio = errors["the model"] / rivals[rival] if rivals[rival] > 0 else float("inf")
-    better = errors["the model"] < rivals[rival]
-    says = (
-        f"On this clip the model fills in {'better' if better else 'worse'} than the best filler "
-        f"without a model ({rival}): {ratio:.2f} times its error."
-    )
-    share = picture.hidden.sum() / (picture.brain.sum() * picture.truth.shape[-1])
-    orientation = str(run.contract.get("orientation", ""))
-    return PictureSection(
-        label=run.label,
-        slices=pictures.slices(picture),
-        sides=pictures.sides(picture, orientation) if orientation else "",
-        courses=pictures.courses(picture),
-        errors=tuple((name, number(e), e == best) for name, e in errors.items()),
-        share=f"{100 * share:.0f} %",
-        says=says,
-    )
-
-
-def _lines(
-    tasks: Sequence[TaskReport], shown: Sequence[PictureSection], evidence: Evidence
-) -> list[str]:
+def _lines(tasks: Sequence[TaskReport], filled: Sequence[Shown], evidence: Evidence) -> list[str]:
     first = tasks[0] if tasks else None
     lines = [first.verdict.short if first else "no results to compare"]
     if first:
@@ -297,5 +259,5 @@ def _lines(
         lines.append(f"{counted} on {max(r.n_units for r in first.rows)} test units{chance}")
     else:
         lines.append(f"{len(evidence.pretrainings)} pretraining runs")
-    lines.append(shown[0].says if shown else "no picture of a reconstruction")
+    lines.append(filled[0].says if filled else "no picture of a reconstruction")
     return lines

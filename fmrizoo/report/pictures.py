@@ -1,4 +1,7 @@
-"""Pictures of one filled-in clip: slices (recorded, shown, filled in, error) and time courses."""
+"""Pictures of one filled-in clip: slices (recorded, shown, filled in, error) and time courses.
+
+Of a clip whose steps were each predicted from those before: recorded, predicted, error.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _PLANES = ("sagittal", "coronal", "axial")
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """One slice at one frame, in the plane across ``axis``."""
 
     axis: int
@@ -39,21 +42,21 @@ class _View:
         return cut
 
 
-def _views(picture: Picture, rows: int = 4) -> list[_View]:
+def _views(picture: Picture, rows: int = 4) -> list[View]:
     """Slices at even distances through the hidden brain; for a single slice, frames instead."""
-    axis, sizes = _axis(picture), picture.brain.shape
+    axis, sizes = across(picture), picture.brain.shape
     per_frame = picture.hidden.sum((0, 1, 2))
     others = tuple(a for a in range(4) if a not in (axis, 3))
     if sizes[axis] == 1:
         frames = np.flatnonzero(per_frame)
-        return [_View(axis, 0, int(f)) for f in _even(frames, rows)]
+        return [View(axis, 0, int(f)) for f in _even(frames, rows)]
     frame = int(per_frame.argmax())
     area = picture.hidden.sum(others)[:, frame]
     slices = np.flatnonzero(area * 3 >= area.max())
-    return [_View(axis, int(s), frame) for s in _even(slices, rows)][::-1]
+    return [View(axis, int(s), frame) for s in _even(slices, rows)][::-1]
 
 
-def _axis(picture: Picture) -> int:
+def across(picture: Picture) -> int:
     """Across z, unless the data are one slice in another plane."""
     sizes = picture.brain.shape
     return 2 if sizes[2] == 1 or min(sizes) > 1 else int(np.argmin(sizes))
@@ -81,8 +84,9 @@ def _colors(picture: Picture) -> _Colors:
     inside = picture.truth[picture.brain]
     low, high = (float(v) for v in np.percentile(inside, [1, 99]))
     error = float(np.percentile(np.abs((picture.predicted - picture.truth)[picture.hidden]), 99))
-    # Voxel-wise z-scores go up and down about 0; other scalings show the anatomy.
-    centred = inside.mean(-1).std() < 0.5 * inside.std() and low < 0 < high
+    # Voxel-wise z-scores go up and down about 0 (in a clip: about a mean of its own); in other
+    # scalings the anatomy is nearly all that differs.
+    centred = inside.mean(-1).std() < 0.9 * inside.std() and low < 0 < high
     if centred:
         high = max(-low, high)
         low = -high
@@ -90,21 +94,25 @@ def _colors(picture: Picture) -> _Colors:
 
 
 def slices(picture: Picture) -> Image:
-    """Rows of slices or frames; columns recorded, shown to the model, filled in, error."""
+    """Rows of slices or frames; columns recorded, (shown to the model,) filled in, error."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     views, colors = _views(picture), _colors(picture)
-    across, up = (a for a in range(3) if a != views[0].axis)
-    box = _box(picture, views[0].axis)
+    horizontal, vertical = (a for a in range(3) if a != views[0].axis)
+    box = box_of(picture, views[0].axis)
     height, width = box[1] - box[0], box[3] - box[2]
-    aspect = picture.voxel_size[up] / picture.voxel_size[across]
+    aspect = picture.voxel_size[vertical] / picture.voxel_size[horizontal]
+    titles = ["recorded", "shown to the model", "filled in", "error (filled in − recorded)"]
+    if picture.step:
+        titles = ["recorded", "predicted", "error (predicted − recorded)"]
+    columns = len(titles)
     panel = (WIDTH - 0.9) / 4
     tall = min(panel * height * aspect / width, 2.2)
     with style():
         layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
         figure = Figure(figsize=(WIDTH, 0.85 + (tall + 0.08) * len(views)), layout=layout)
-        grid = figure.subplots(len(views), 4, squeeze=False)
+        grid = figure.subplots(len(views), columns, squeeze=False)
         shown: list[Any] = []
         for axes, view in zip(grid, views, strict=True):
             shown = _row(axes, picture, view, colors, aspect)
@@ -112,7 +120,6 @@ def slices(picture: Picture) -> Image:
                 a.set_xlim(box[2] - 0.5, box[3] - 0.5)
                 a.set_ylim(box[0] - 0.5, box[1] - 0.5)
             axes[0].set_ylabel(_name(view, picture), fontsize=8.5)
-        titles = ("recorded", "shown to the model", "filled in", "error (filled in − recorded)")
         for a, title in zip(grid[0], titles, strict=True):
             a.set_title(title, fontsize=9, fontweight="normal", loc="center")
         bars: dict[str, Any] = {
@@ -121,32 +128,35 @@ def slices(picture: Picture) -> Image:
             "shrink": 0.8,
             "pad": 0.02,
         }
-        signal = figure.colorbar(shown[0], ax=grid[:, :3], **bars)
+        signal = figure.colorbar(shown[0], ax=grid[:, :-1], **bars)
         signal.set_label("normalised BOLD", fontsize=8.5)
-        error = figure.colorbar(shown[3], ax=grid[:, 3], **(bars | {"aspect": 10}))
+        error = figure.colorbar(shown[-1], ax=grid[:, -1], **(bars | {"aspect": 10}))
         error.set_label("error, same unit", fontsize=8.5)
         for bar in (signal, error):
             bar.outline.set_visible(False)
             bar.ax.tick_params(labelsize=8)
-        return png(figure, "Slices as recorded, as shown to the model, as filled in, and the error")
+        return png(figure, f"Slices by column: {', '.join(titles)}")
 
 
-def _row(axes: Any, picture: Picture, view: _View, colors: _Colors, aspect: float) -> list[Any]:
+def _row(axes: Any, picture: Picture, view: View, colors: _Colors, aspect: float) -> list[Any]:
     brain = view.cut(picture.brain)
     hidden = view.cut(picture.hidden)
     truth, filled = view.cut(picture.truth), view.cut(picture.filled)
+    signal = (colors.signal, colors.low, colors.high)
     panels = [
-        (truth, brain, colors.signal, colors.low, colors.high),
-        (truth, brain & ~hidden, colors.signal, colors.low, colors.high),
-        (filled, brain, colors.signal, colors.low, colors.high),
-        (filled - truth, hidden, "PuOr_r", -colors.error, colors.error),
+        (truth, brain, signal, None),
+        (truth, brain & ~hidden, signal, HIDDEN),
+        (filled, brain, signal, None),
+        (filled - truth, hidden, ("PuOr_r", -colors.error, colors.error), "#eef1f4"),
     ]
+    if picture.step:
+        del panels[1]
     images = []
-    for number, (a, (values, seen, cmap, low, high)) in enumerate(zip(axes, panels, strict=True)):
+    for a, (values, seen, (cmap, low, high), cover) in zip(axes, panels, strict=True):
         covered = brain & ~seen
-        if number in (1, 3) and covered.any():
+        if cover is not None and covered.any():
             grey = np.zeros((*brain.shape, 4))
-            grey[covered] = _rgba(HIDDEN if number == 1 else "#eef1f4")
+            grey[covered] = _rgba(cover)
             a.imshow(grey, origin="lower", aspect=aspect, interpolation="nearest")
         image = a.imshow(
             np.ma.masked_where(~seen, values),
@@ -158,12 +168,17 @@ def _row(axes: Any, picture: Picture, view: _View, colors: _Colors, aspect: floa
             interpolation="nearest",
         )
         images.append(image)
-        _outline(a, brain)
-        a.set_xticks([])
-        a.set_yticks([])
-        for spine in a.spines.values():
-            spine.set_visible(False)
+        bare(a, brain)
     return images
+
+
+def bare(axes: Any, brain: Array) -> None:
+    """A slice with the brain's edge and nothing around it."""
+    _outline(axes, brain)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def _rgba(color: str) -> tuple[float, float, float, float]:
@@ -185,14 +200,14 @@ def _outline(axes: Any, brain: Array) -> None:
     axes.add_collection(LineCollection(lines, colors=INK, linewidths=0.7, capstyle="projecting"))
 
 
-def _box(picture: Picture, axis: int) -> tuple[int, int, int, int]:
+def box_of(picture: Picture, axis: int) -> tuple[int, int, int, int]:
     """Rows and columns (from, to) around the brain over all slices across ``axis``."""
     flat = np.asarray(picture.brain.any(axis)).T
     rows, columns = np.flatnonzero(flat.any(1)), np.flatnonzero(flat.any(0))
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 
-def _name(view: _View, picture: Picture) -> str:
+def _name(view: View, picture: Picture) -> str:
     if picture.brain.shape[view.axis] == 1:
         return f"{view.frame * picture.tr:.1f} s"
     return f"{_PLANES[view.axis]} {view.slice + 1}"
@@ -205,10 +220,9 @@ def sides(picture: Picture, orientation: str) -> str:
         picture: The clip.
         orientation: Axis codes of the array, ``RAS`` = right, anterior and superior grow.
     """
-    across, up = (a for a in range(3) if a != _axis(picture))
-    return (
-        f"Right in the picture is {_SIDES[orientation[across]]}, up is {_SIDES[orientation[up]]}."
-    )
+    horizontal, vertical = (a for a in range(3) if a != across(picture))
+    right, up = _SIDES[orientation[horizontal]], _SIDES[orientation[vertical]]
+    return f"Right in the picture is {right}, up is {up}."
 
 
 def courses(picture: Picture) -> Image:
@@ -226,7 +240,7 @@ def courses(picture: Picture) -> Image:
         grid = figure.subplots(len(chosen), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (name, voxel) in zip(grid, chosen, strict=True):
             hidden = picture.masked[voxel]
-            for frame in np.flatnonzero(hidden):
+            for frame in () if picture.step else np.flatnonzero(hidden):
                 span = ((frame - 0.5) * picture.tr, (frame + 0.5) * picture.tr)
                 axes.axvspan(*span, color=RULE, alpha=0.55, lw=0)
             truth, predicted = picture.truth[voxel], picture.predicted[voxel]
@@ -238,25 +252,28 @@ def courses(picture: Picture) -> Image:
                 ls="",
                 marker="D",
                 ms=4,
-                label="filled in",
+                label="one step ahead" if picture.step else "filled in",
             )
             axes.set_title(f"{name}: voxel {', '.join(map(str, voxel))}", fontsize=8.5)
             axes.margins(x=0.02)
         grid[-1].set_xlabel("seconds into the clip")
         figure.supylabel("normalised BOLD", fontsize=9)
-        _legend(grid[0])
-        return svg(
-            figure, "Recorded and filled-in time courses of three voxels, hidden frames grey"
-        )
+        _legend(grid[0], picture)
+        what = "predicted" if picture.step else "filled-in"
+        grey = "" if picture.step else ", hidden frames grey"
+        return svg(figure, f"Recorded and {what} time courses of three voxels{grey}")
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Any, picture: Picture) -> None:
     from matplotlib.patches import Patch
 
     handles, labels = axes.get_legend_handles_labels()
+    if not picture.step:
+        handles.append(Patch(color=RULE, alpha=0.55))
+        labels.append("hidden from the model")
     axes.legend(
-        [*handles, Patch(color=RULE, alpha=0.55)],
-        [*labels, "hidden from the model"],
+        handles,
+        labels,
         loc="lower right",
         bbox_to_anchor=(1.0, 1.0),
         ncols=3,
@@ -270,7 +287,8 @@ def _ranked(picture: Picture) -> list[tuple[str, tuple[int, int, int]]]:
     error = np.where(picture.hidden, np.abs(picture.predicted - picture.truth), 0.0).sum(-1)
     where = np.argwhere(count > 0)
     mean = (error[count > 0] / count[count > 0]).argsort()
-    places = {"well filled in": 0.1, "typical": 0.5, "badly filled in": 0.9}
+    done = "predicted" if picture.step else "filled in"
+    places = {f"well {done}": 0.1, "typical": 0.5, f"badly {done}": 0.9}
     picked = {name: int(mean[round(q * (len(mean) - 1))]) for name, q in places.items()}
     found: list[tuple[str, tuple[int, int, int]]] = []
     for name, index in picked.items():

@@ -26,6 +26,9 @@ class Picture:
         brain: ``(x, y, z)``.
         voxel_size: Millimetres along x, y, z.
         tr: Seconds between frames.
+        step: Frames of a step, if each step was predicted from those before it; 0: from all that
+            was shown.
+        unit: What such a step is: ``time`` (a slot of all the clip) or ``token`` (of one patch).
     """
 
     truth: NDArray[np.float64]
@@ -34,6 +37,8 @@ class Picture:
     brain: NDArray[np.bool_]
     voxel_size: tuple[float, float, float]
     tr: float
+    step: int = 0
+    unit: str = "time"
 
     @property
     def hidden(self) -> NDArray[np.bool_]:
@@ -58,6 +63,8 @@ def read_picture(path: Path) -> Picture:
             if missing := [n for n in _ARRAYS if n not in archive]:
                 raise DataError(f"{path} lacks the arrays {missing}")
             values: dict[str, NDArray[Any]] = {n: archive[n] for n in _ARRAYS}
+            step = int(archive["step"]) if "step" in archive else 0
+            unit = str(archive["unit"]) if "unit" in archive else "time"
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         if isinstance(error, DataError):
             raise
@@ -72,14 +79,24 @@ def read_picture(path: Path) -> Picture:
         raise DataError(f"{path}: truth or predicted holds NaN or infinity")
     x, y, z = (float(v) for v in values["voxel_size"])
     masked, brain = values["masked"].astype(bool), values["mask"].astype(bool)
-    picture = Picture(truth, predicted, masked, brain, (x, y, z), float(values["tr"]))
+    # Nothing comes before the first step: it has no guess without a model to compare with.
+    masked[..., :step] = False
+    size, tr = (x, y, z), float(values["tr"])
+    picture = Picture(truth, predicted, masked, brain, size, tr, step, unit)
     if not picture.hidden.any():
         raise DataError(f"{path}: no brain voxel was hidden, so nothing was filled in")
     return picture
 
 
 def fill_errors(picture: Picture) -> dict[str, float]:
-    """Mean absolute error on hidden brain voxels: the model's, and two fillers without a model.
+    """Mean absolute error on hidden brain voxels: the model's, and of fillers without a model.
+
+    Where each step was predicted from those before it:
+
+    - *persistence*: the last frame before the step, again.
+    - *each voxel's mean so far*: over the frames before the step.
+
+    Otherwise:
 
     - *mean of what was shown*: one number, the mean of all visible brain voxels of the clip.
     - *each voxel's own mean*: a voxel's mean over the frames in which it was shown; for voxels
@@ -87,6 +104,8 @@ def fill_errors(picture: Picture) -> dict[str, float]:
     - *interpolation in time*: linear between the frames in which the voxel was shown (its nearest
       shown value beyond them); for voxels never shown, the first filler.
     """
+    if picture.step:
+        return _errors(picture, {"the model": picture.predicted, **_before(picture)})
     shown = ~picture.masked & picture.brain[..., None]
     everywhere = float(picture.truth[shown].mean()) if shown.any() else 0.0
     count = shown.sum(-1)
@@ -98,11 +117,25 @@ def fill_errors(picture: Picture) -> dict[str, float]:
         "each voxel's own mean": np.broadcast_to(own[..., None], picture.truth.shape),
         "mean of what was shown": np.full(picture.truth.shape, everywhere),
     }
+    return _errors(picture, fillers)
+
+
+def _errors(picture: Picture, fillers: dict[str, NDArray[Any]]) -> dict[str, float]:
     hidden = picture.hidden
     return {
         name: float(np.abs(values[hidden] - picture.truth[hidden]).mean())
         for name, values in fillers.items()
     }
+
+
+def _before(picture: Picture) -> dict[str, NDArray[np.float64]]:
+    """Guesses from the frames before each step."""
+    again, mean = picture.truth.copy(), picture.truth.copy()
+    for first in range(picture.step, picture.truth.shape[-1], picture.step):
+        here = slice(first, first + picture.step)
+        again[..., here] = picture.truth[..., first - 1, None]
+        mean[..., here] = picture.truth[..., :first].mean(-1, keepdims=True)
+    return {"persistence": again, "each voxel's mean so far": mean}
 
 
 def _interpolated(

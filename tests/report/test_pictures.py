@@ -77,7 +77,7 @@ def test_views_show_hidden_voxels_and_the_slice_that_there_is() -> None:
 
 def test_slices_are_not_mirrored() -> None:
     # Rows from the bottom up are y, columns from left to right are x.
-    view = pictures._View(2, 0, 0)
+    view = pictures.View(2, 0, 0)
     volume = np.arange(6.0).reshape(2, 3, 1)
     np.testing.assert_array_equal(view.cut(volume), volume[:, :, 0].T)
     p = picture((6, 10, 10))
