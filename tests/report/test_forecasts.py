@@ -72,8 +72,10 @@ def test_the_sentence_says_when_no_forecast_would_be_better() -> None:
     )
 
 
-@pytest.mark.parametrize("grid", [(40, 20, 1), (6, 10, 10), (1, 8, 9), (7, 1, 9), (2, 2, 2)])
-@pytest.mark.parametrize("frames", [1, 3, 25])
+@pytest.mark.parametrize(
+    ("grid", "frames"),
+    [((40, 20, 1), 1), ((6, 10, 10), 3), ((1, 8, 9), 2), ((7, 1, 9), 25), ((2, 2, 2), 5)],
+)
 def test_any_grid_makes_pictures(grid: tuple[int, int, int], frames: int) -> None:
     one = ahead(grid, frames, off=0.3)
     for image in (forecasts.frames(one), forecasts.horizon(one)):
