@@ -20,15 +20,17 @@ import importlib
 import importlib.util
 import logging
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from fmrizoo.backbones.mamba2_slices import Mix, Shape, Weights
-from fmrizoo.backbones.ssd import check_range, step
+from fmrizoo.backbones.ssd import LIMIT, LOG2_E, SHORTEST, check_range, step
 from fmrizoo.errors import MissingExtraError, RecipeError
 from fmrizoo.layers.ragged import Pack, by_length, end_to_end, give_back, together
 
@@ -248,7 +250,7 @@ class Mamba2(nn.Module):
         """How ``u`` is computed; products in the dtype of ``u``, or that of autocast."""
         device = u.device.type
         dtype = u.dtype
-        if torch.is_autocast_enabled(device):
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         check_range(dtype)
         return Shape(
@@ -269,14 +271,14 @@ class Mamba2(nn.Module):
     def _run_slices(
         self, u: Tensor, state: MixerState | None, prenorm: Tensor | None, residual: bool
     ) -> tuple[Tensor, MixerState]:
-        s = self.shape(u, prenorm is not None, residual)
-        w = self.weights(prenorm)
+        s, w = self.shape(u, prenorm is not None, residual), self.weights(prenorm)
+        s = s._replace(chunk=_fitting_chunk(s.chunk, w))
         if state is None:
             tail = u.new_zeros(len(u), s.taps - 1, s.mixed, dtype=s.dtype)
             scan = w.A.new_zeros(len(u), s.groups, s.states, s.heads // s.groups, s.head_dim)
         else:
             tail, scan = state.tail, state.scan
-        with torch.autocast(u.device.type, enabled=False):
+        with _no_autocast(u):
             out, tail, scan = Mix.apply(u, tail, scan, s, *w)
         return out, MixerState(tail, scan)
 
@@ -287,7 +289,7 @@ class Mamba2(nn.Module):
         s = self.shape(u, prenorm is not None, residual)
         w = self.weights(prenorm).cast(s.dtype)
         source, u = u, u[:, 0].to(s.dtype)
-        with torch.autocast(u.device.type, enabled=False):
+        with _no_autocast(u):
             if prenorm is not None:
                 u = F.rms_norm(u, u.shape[-1:], eps=EPS)
             projected = F.linear(u, w.inward, w.inward_bias)
@@ -295,16 +297,18 @@ class Mamba2(nn.Module):
             window = torch.cat([state.tail, xBC.unsqueeze(1)], 1)
             mixed = F.silu((window * w.conv.t()).sum(1) + w.conv_bias)
             x, B, C = torch.split(mixed, [s.inner, s.groups * s.states, s.groups * s.states], -1)
+            x = torch.unflatten(x, -1, (s.heads, s.head_dim))
             y, scan = step(
-                torch.unflatten(x, -1, (s.heads, s.head_dim)),
+                x,
                 F.softplus(dt.to(w.A.dtype) + w.dt_bias),
                 w.A,
                 torch.unflatten(B, -1, (s.groups, s.states)),
                 torch.unflatten(C, -1, (s.groups, s.states)),
                 state.scan,
-                w.D,
             )
-            gated = (y.flatten(1) * F.silu(z)).view(len(u), s.groups, -1)
+            gated = (torch.addcmul(y, x, w.D[:, None]).flatten(1) * F.silu(z)).view(
+                len(u), s.groups, -1
+            )
             normed = F.rms_norm(gated, gated.shape[-1:], eps=EPS).flatten(1)
             out = F.linear(normed, w.outward, w.outward_bias).unsqueeze(1)
         out = (source + out if residual else out).to(source.dtype)
@@ -369,6 +373,28 @@ def _matrix(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     bias = inner.bias
     effect = linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).t()
     return effect if bias is None else effect - bias.unsqueeze(1), bias
+
+
+def _no_autocast(u: Tensor) -> AbstractContextManager[object]:
+    """What is computed inside keeps its dtypes (the meta device knows no autocast)."""
+    device = u.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def _fitting_chunk(chunk: int, w: Weights) -> int:
+    """A chunk over which the state decays by less than e^-120 at the steps that the biases give.
+
+    Longer ones would be cut most of the time. By the weights alone: what is computed for a token
+    must not depend on later ones.
+    """
+    if w.A.is_meta or isinstance(w.A, FakeTensor):
+        return chunk
+    fastest = float((w.A.detach() * F.softplus(w.dt_bias.detach())).amin())
+    while chunk > SHORTEST and chunk * fastest * LOG2_E < -LIMIT:
+        chunk = max(SHORTEST, chunk // 2)
+    return chunk
 
 
 def _missing_kernels() -> list[str]:

@@ -88,7 +88,7 @@ class Slice(NamedTuple):
     mixed: Tensor  # (b, L, m) x, B, C after it, in chunks
     raw_dt: Tensor  # (b, l, h) before the softplus
     dt: Tensor  # (b, L, h) in chunks
-    y: Tensor  # (b, L, i) in chunks
+    y: Tensor  # (b, L, h, p) of the scan, in chunks
     gate: Tensor  # (b, l, i) silu(z)
     normed: Tensor  # (b, l, i)
     scale: Tensor  # (b, l, g, 1) 1 / rms
@@ -127,10 +127,9 @@ def forward_slice(
     chunks = cut(dt, w.A, s.chunk)
     mixed, dt = chunks.spread(F.silu(convolved)), chunks.spread(dt)
     x, B, C = _parts(mixed, s)
-    y, state, kept = scan(x, dt, w.A, B, C, state, w.D, chunks.size)
-    y = y.flatten(2)
+    y, state, kept = scan(x, dt, w.A, B, C, state, chunks.size)
     gate = F.silu(z)
-    normed = (chunks.collect(y, length) * gate).view(b, length, s.groups, -1)
+    normed = _with_direct(y, x, w, chunks, length).mul_(gate).view(b, length, s.groups, -1)
     scale = _inverse_rms(normed, s.eps)
     normed = normed.mul_(scale).view(b, length, s.inner)
     if out is not None:
@@ -179,27 +178,22 @@ def backward_slice(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a slice's input, tail and state, from those of its output, tail and state."""
     k = kept_slice
-    b, length, _ = d_out.shape
+    length = d_out.shape[1]
     everything = slice(None)
     d_result = d_out.to(s.dtype)
     sums.product("outward", everything, d_result, k.normed)
     sums.rows("outward_bias", everything, d_result)
-    d_y, d_z = _gate_backward(d_result @ w.outward, k, chunks, length)
-    heads = (b, -1, s.heads, s.head_dim)
     x, B, C = _parts(k.mixed, s)
-    d = scan_backward(
-        (x, k.dt, w.A, B, C, w.D),
-        kept,
-        k.y.view(heads),
-        chunks.spread(d_y).view(heads),
-        d_state,
-    )
+    total = _with_direct(k.y, x, w, chunks, length)
+    d_total, d_z = _gate_backward(d_result @ w.outward, k, total)
+    d_y = chunks.spread(d_total).view(x.shape)
+    d = scan_backward((x, k.dt, w.A, B, C), kept, k.y, d_y, d_state)
     sums.of["A"] += d.A
-    if d.D is not None:
-        sums.of["D"] += d.D
+    sums.of["D"] += (x * d_y).sum((1, 3)).sum(0)
+    d_x = d.x.addcmul_(d_y, w.D[:, None])
     d_raw = chunks.collect(d.dt, length) * torch.sigmoid(k.raw_dt)
     sums.rows("dt_bias", everything, d_raw)
-    d_mixed = torch.cat([t.flatten(2) for t in (d.x, d.B, d.C)], -1)
+    d_mixed = torch.cat([t.flatten(2) for t in (d_x, d.B, d.C)], -1)
     d_inputs = _convolve_backward(chunks.collect(d_mixed, length), k, w, sums)
     d_inputs[:, length:] += d_tail
     d_xBC = d_inputs[:, s.taps - 1 :]
@@ -243,12 +237,18 @@ def _norm_backward(d: Tensor, normed: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(d, normed, share, value=-1).mul_(scale)
 
 
-def _gate_backward(d: Tensor, k: Slice, chunks: Chunks, length: int) -> tuple[Tensor, Tensor]:
+def _with_direct(y: Tensor, x: Tensor, w: Weights, chunks: Chunks, length: int) -> Tensor:
+    """``y + D x``, ``(b, l, i)``."""
+    y, x = chunks.collect(y, length), chunks.collect(x, length)
+    return torch.addcmul(y, x, w.D[:, None]).flatten(2)
+
+
+def _gate_backward(d: Tensor, k: Slice, y: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of y and z in ``normed = rms_norm(y · silu(z))``."""
     groups = k.scale.shape[2]
     shape = (*d.shape[:2], groups, -1)
     d = _norm_backward(d.view(shape), k.normed.view(shape), k.scale).view(d.shape)
-    d_z = torch.ops.aten.silu_backward(d * chunks.collect(k.y, length), k.z)
+    d_z = torch.ops.aten.silu_backward(y.mul_(d), k.z)
     return d.mul_(k.gate), d_z
 
 

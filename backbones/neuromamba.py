@@ -75,6 +75,10 @@ class NeuroMambaConfig:
         for key in ("embed_dim", "depth", "d_conv", "expand", "head_dim", "ngroups", "chunk_size"):
             if getattr(self, key) < 1:
                 raise RecipeError(f"backbone.{key} must be ≥ 1, got {getattr(self, key)}")
+        if self.chunk_size % SHORTEST:
+            raise RecipeError(
+                f"backbone.chunk_size must be a multiple of {SHORTEST}, got {self.chunk_size}"
+            )
         if self.d_conv < 2:
             raise RecipeError(f"backbone.d_conv must be ≥ 2, got {self.d_conv}")
         if self.states < 1:

@@ -2,7 +2,7 @@
 
 Source: Dao & Gu 2024, "Transformers are SSMs". Per head, with a scalar decay ``a_t = dt_t · A``:
 
-    S_t = exp(a_t) · S_{t-1} + B_t ⊗ dt_t x_t          y_t = C_t · S_t + D x_t
+    S_t = exp(a_t) · S_{t-1} + B_t ⊗ dt_t x_t          y_t = C_t · S_t
 
 Inside chunks this is attention with weights ``exp(cs_i − cs_j)``, ``cs`` the running sum of ``a``.
 What differs from the paper's listing: the weights are split into one factor per row and one per
@@ -13,8 +13,9 @@ Numbers: decays, running sums and states are fp32 (fp64 for fp64 input), product
 ``x``. A factor must stay within e^±60, so a chunk over which the state decays by more than e^-120
 is cut before the token that goes too far (that token then starts a chunk, whose inner weights do
 not depend on its own decay). Where chunks are cut depends on earlier tokens only, and the middle of
-a chunk is a power of two, by which scaling is exact: outputs never change with later tokens, not
-even in the last bit. fp16 has not the range for this and is refused.
+a chunk is a power of two, by which scaling is exact: outputs do not change with later tokens, not
+even in the last bit (given chunks of a multiple of 16 tokens, whose rows a CPU computes alike
+wherever they stand). fp16 has not the range for this and is refused.
 
 Shapes: b samples, l tokens, h heads of p channels, g groups of heads that share B and C, n states,
 c chunks of q tokens. A state is ``(b, g, n, h/g, p)``.
@@ -23,9 +24,8 @@ c chunks of q tokens. A state is ``(b, g, n, h/g, p)``.
 from __future__ import annotations
 
 from math import ceil, e, log2
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +38,7 @@ BACKENDS = ("torch", "ref")
 LOG2_E = log2(e)
 LIMIT = 120.0 * LOG2_E  # decay over a chunk, in powers of two
 NOTHING = -115.0  # a state that decays by 2^-115 (e^-80) or more is gone: no denormal numbers
-SHORTEST = 16  # tokens; the shortest chunk that long ones are cut down to
+SHORTEST = 16  # tokens: the chunk of a short sequence is a multiple of this
 
 
 def ssd(
@@ -50,7 +50,6 @@ def ssd(
     state: Tensor | None = None,
     chunk: int = 64,
     backend: str = "torch",
-    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scan a sequence.
 
@@ -62,7 +61,6 @@ def ssd(
         state: ``(b, g, n, h/g, p)`` where the scan starts, of the dtype of ``dt``; None: 0.
         chunk: Tokens per chunk.
         backend: ``torch`` (chunked) or ``ref`` (token by token, to test against).
-        D: ``(h,)`` weight of the direct path from ``x`` to ``y``.
 
     Returns:
         ``y (b, l, h, p)`` and the state after the last token. Both have gradients, once.
@@ -76,8 +74,8 @@ def ssd(
     if state is None:
         state = first_state(x, B)
     if backend == "ref":
-        return _sequential(x, dt, A, B, C, state, D)
-    y, final = _SSD.apply(x, dt, A, B, C, state, D, chunk)
+        return _sequential(x, dt, A, B, C, state)
+    y, final = _SSD.apply(x, dt, A, B, C, state, chunk)
     return y, final
 
 
@@ -96,7 +94,7 @@ def first_state(x: Tensor, B: Tensor) -> Tensor:
 
 
 def step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None = None
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token: ``x (b, h, p)``, ``dt (b, h)``, ``B, C (b, g, n)`` → ``y (b, h, p)`` and state."""
     b, g, n, r, p = state.shape
@@ -104,18 +102,16 @@ def step(
     decay = torch.exp(dt * A).view(b, g, 1, r, 1)
     state = state * decay + B.to(state.dtype).view(b, g, n, 1, 1) * fed
     y = torch.einsum("bgn,bgnrp->bgrp", C.to(state.dtype), state).reshape(b, g * r, p)
-    if D is not None:
-        y = y + x.to(state.dtype) * D.to(state.dtype)[:, None]
     return y.to(x.dtype), state
 
 
 def _sequential(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     outputs = []
     rows = (t.unbind(1) for t in (x, dt, B, C))
     for x_t, dt_t, B_t, C_t in zip(*rows, strict=True):
-        y, state = step(x_t, dt_t, A, B_t, C_t, state, D)
+        y, state = step(x_t, dt_t, A, B_t, C_t, state)
         outputs.append(y)
     return torch.stack(outputs, 1), state
 
@@ -158,32 +154,24 @@ def cut(dt: Tensor, A: Tensor, chunk: int) -> Chunks:
     total = plain.spread(decay).view(len(dt), plain.rows, size, -1).sum(2)
     if not total.amin() < -LIMIT:  # also NaN: it must reach the output
         return plain
-    steps = decay.transpose(0, 1).flatten(1).cpu().numpy()
-    while True:
-        starts = _starts(steps, size)
-        if len(starts) <= 4 * ceil(length / size) or size <= SHORTEST:
-            break
-        size = max(SHORTEST, size // 2)
-    counts = np.diff([*starts, length])
-    where = np.arange(length) + np.repeat(np.arange(len(starts)) * size - starts, counts)
-    return Chunks(size, len(starts), torch.from_numpy(where).to(dt.device))
+    first = _firsts(plain.spread(decay).view(len(dt), plain.rows, size, -1))[:length]
+    number = first.cumsum(0) - 1
+    starts = first.nonzero()[:, 0]
+    where = number * size + torch.arange(length) - starts[number]
+    return Chunks(size, len(starts), where.to(dt.device))
 
 
-def _starts(steps: np.ndarray[Any, Any], size: int) -> list[int]:
-    """First token of every chunk; ``steps (l, …)`` is the decay of each token."""
-    starts = []
-    for start in range(0, len(steps), size):
-        block = steps[start : start + size]
-        starts.append(start)
-        if block.sum(0).min() >= -LIMIT:
-            continue
-        run = np.zeros_like(block[0])
-        for offset, row in enumerate(block):
-            run = run + row
-            if run.min() < -LIMIT and start + offset > starts[-1]:
-                starts.append(start + offset)
-                run = row
-    return starts
+def _firsts(decay: Tensor) -> Tensor:
+    """Which tokens start a chunk, ``(c · q,)`` bool, for the decays ``(b, c, q, h)`` of each."""
+    steps = decay.permute(1, 2, 0, 3).flatten(2).cpu()
+    first = torch.zeros(steps.shape[:2], dtype=torch.bool)
+    run = torch.zeros_like(steps[:, 0])
+    for token in range(steps.shape[1]):
+        further = run + steps[:, token]
+        far = further.amin(1) < -LIMIT
+        first[:, token] = far if token else True
+        run = torch.where(first[:, token, None], steps[:, token], further)
+    return first.flatten()
 
 
 class Kept(NamedTuple):
@@ -201,7 +189,7 @@ class Kept(NamedTuple):
 
 
 def scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None, q: int
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int
 ) -> tuple[Tensor, Tensor, Kept]:
     """Forward pass over whole chunks of ``q`` tokens. Shapes as :func:`ssd`; no autograd."""
     b, length, h, p = x.shape
@@ -222,8 +210,6 @@ def scan(
     carried = (states[:, :-1] * _over_states(mid, g)).to(x.dtype).view(b * c * g, n, r * p)
     y = torch.baddbmm(torch.bmm(attention, fed), Cs, carried)
     y = _unstack(y, b, c, h).mul_(down.to(x.dtype)[..., None]).view(b, length, h, p)
-    if D is not None:
-        y.addcmul_(x, D.to(x.dtype)[:, None])
     final = states[:, -1].clone()  # not a view that keeps all states alive
     return y, final, Kept(fed, attention, states, carried, down, up, mid, rest, through)
 
@@ -237,11 +223,10 @@ class Gradients(NamedTuple):
     B: Tensor
     C: Tensor
     state: Tensor
-    D: Tensor | None
 
 
 def scan_backward(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     kept: Kept,
     y: Tensor,
     dy: Tensor,
@@ -250,12 +235,12 @@ def scan_backward(
     """Backward pass of :func:`scan`.
 
     Args:
-        inputs: x, dt, A, B, C, D as given to :func:`scan`.
+        inputs: x, dt, A, B, C as given to :func:`scan`.
         kept: From :func:`scan`.
-        y: Its output.
+        y: Its output, nothing added: its rounding would drown the gradient of the decays.
         dy, dstate: Gradients of both outputs; ``dstate`` None: 0.
     """
-    x, dt, A, B, C, D = inputs
+    x, dt, A, B, C = inputs
     b, length, h, p = x.shape
     g, n = B.shape[2:]
     c, r = kept.mid.shape[1], h // g
@@ -285,17 +270,11 @@ def scan_backward(
     steps = dt.view(b, c, q, h)
     d_cs = _dot(y.view(rows), dy.view(rows), wide) - per_x * steps
     d_x = d_fed.mul_((kept.up * steps).to(x.dtype)[..., None]).view_as(x)
-    d_D = None
-    if D is not None:
-        direct = _dot(x.view(rows), dy.view(rows), wide)
-        d_cs -= direct * D.to(wide)
-        d_D = direct.sum((0, 1, 2))
-        d_x.addcmul_(dy, D.to(x.dtype)[:, None])
     d_cs[:, :, -1] += d_total
     d_a = d_cs.flip(2).cumsum(2).flip(2)
     d_dt = (per_x + d_a * A).view_as(dt)
     d_A = (d_a * steps).sum((0, 1, 2))
-    return Gradients(d_x, d_dt, d_A, _ungroup(d_B, b, c, g), _ungroup(d_C, b, c, g), current, d_D)
+    return Gradients(d_x, d_dt, d_A, _ungroup(d_B, b, c, g), _ungroup(d_C, b, c, g), current)
 
 
 def _factors(decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -311,8 +290,9 @@ def _factors(decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shift = whole - mid[:, :, None]
     down = torch.exp2(part).mul_(_power(shift))
     up = torch.exp2(part.neg_()).mul_(_power(shift.neg_()))
-    through = torch.exp2(total) * (total > NOTHING)
-    return down, up, _power(mid), torch.exp2(total - mid), through
+    # By products, not by exp2 of their own: its last bit may depend on an element's place.
+    middle, rest = _power(mid), down[:, :, -1].clone()
+    return down, up, middle, rest, rest * middle * (total > NOTHING)
 
 
 def _power(k: Tensor) -> Tensor:
@@ -361,21 +341,21 @@ class _SSD(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D, chunk: int
+        ctx, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
         chunks = cut(dt, A, chunk)
         padded = [chunks.spread(t).contiguous() for t in (x, dt, B, C)]
-        y, final, kept = scan(padded[0], padded[1], A, padded[2], padded[3], state, D, chunks.size)
+        y, final, kept = scan(padded[0], padded[1], A, padded[2], padded[3], state, chunks.size)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*padded, A, D, y, *kept)
+        ctx.save_for_backward(*padded, A, y, *kept)
         ctx.chunks, ctx.length = chunks, x.shape[1]
         return chunks.collect(y, x.shape[1]), final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        x, dt, B, C, A, D, y, *kept = ctx.saved_tensors
+        x, dt, B, C, A, y, *kept = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else ctx.chunks.spread(dy).contiguous()
-        d = scan_backward((x, dt, A, B, C, D), Kept(*kept), y, dy, dstate)
+        d = scan_backward((x, dt, A, B, C), Kept(*kept), y, dy, dstate)
         dx, ddt, dB, dC = (ctx.chunks.collect(t, ctx.length) for t in (d.x, d.dt, d.B, d.C))
-        return dx, ddt, d.A, dB, dC, d.state, d.D, None
+        return dx, ddt, d.A, dB, dC, d.state, None

@@ -1,0 +1,267 @@
+"""The Mamba-2 mixer against mamba-ssm (fixture) and against a plain transcription of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fmrizoo.backbones.mamba2 import Mamba2
+from fmrizoo.backbones.ssd import ssd
+from fmrizoo.errors import MissingExtraError, RecipeError
+from fmrizoo.layers.ragged import Pack
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURE: dict[str, Any] = torch.load(
+    ROOT / "tests/fixtures/mamba2_parity_fixture.pt", weights_only=True
+)
+
+
+def mixer(seed: int = 0, rows: int | None = None, **values: Any) -> Mamba2:
+    torch.manual_seed(seed)
+    sizes = {"d_model": 32, "d_state": 8, "head_dim": 16, "chunk_size": 16}
+    made = Mamba2(**{**sizes, **values})
+    made.rows = rows
+    return made
+
+
+def plain(m: Mamba2, u: Tensor, prenorm: Tensor | None = None) -> Tensor:
+    """The mixer as mamba-ssm writes it down, token by token, with autograd's gradient."""
+    if prenorm is not None:
+        u = F.rms_norm(u, u.shape[-1:], prenorm, 1e-5)
+    shared = m.ngroups * m.d_state
+    z, xBC, dt = m.in_proj(u).split([m.inner, m.inner + 2 * shared, m.heads], -1)
+    xBC = F.silu(m.conv1d(xBC.transpose(1, 2))[..., : u.shape[1]].transpose(1, 2))
+    x, B, C = xBC.split([m.inner, shared, shared], -1)
+    x = x.unflatten(-1, (m.heads, -1))
+    y, _ = ssd(
+        x,
+        F.softplus(dt + m.dt_bias),
+        -torch.exp(m.A_log),
+        B.unflatten(-1, (m.ngroups, -1)),
+        C.unflatten(-1, (m.ngroups, -1)),
+        backend="ref",
+    )
+    y = ((y + m.D[:, None] * x).flatten(2) * F.silu(z)).unflatten(-1, (m.ngroups, -1))
+    return m.out_proj(F.rms_norm(y, y.shape[-1:], eps=1e-5).flatten(2) * m.norm.weight)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_outputs_and_names_equal_those_of_mamba_ssm(groups: int) -> None:
+    """fp32 within 5e-6, absolute (outputs are of order 1)."""
+    weights, wanted = FIXTURE[f"m2_{groups}"]
+    m = Mamba2(64, d_state=16, d_conv=4, expand=2, head_dim=16, ngroups=groups)
+    m.load_state_dict(weights)
+    with torch.no_grad():
+        torch.testing.assert_close(m(FIXTURE["X"]), wanted, atol=5e-6, rtol=0)
+
+
+def test_outputs_equal_transformers() -> None:
+    """A second implementation, where it is installed: fp32 within 1e-5."""
+    pytest.importorskip("transformers")
+    from transformers import Mamba2Config
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    m = Mamba2(64, d_state=16, head_dim=16, ngroups=2)
+    config = Mamba2Config(
+        hidden_size=64, num_heads=8, head_dim=16, state_size=16, n_groups=2, expand=2, chunk_size=16
+    )
+    other = Mamba2Mixer(config, 0)
+    other.load_state_dict(m.state_dict())
+    u = torch.randn(2, 50, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(m(u), other(u), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("extras", [False, True], ids=["bare", "bias-norm-residual"])
+def test_values_and_gradients_equal_the_plain_mixer(
+    groups: int, extras: bool, recompute: bool
+) -> None:
+    """fp64, relative 1e-9; three slices, the last one short; kept and made-again activations."""
+    m = mixer(rows=64, ngroups=groups, bias=extras).double()
+    m.recompute = recompute
+    u = torch.randn(2, 75, 32, dtype=torch.float64, requires_grad=True)
+    norm = torch.rand(32, dtype=torch.float64, requires_grad=True) if extras else None
+    mine = m.run(u, Pack(), prenorm=norm, residual=extras)
+    theirs = plain(m, u, norm) + (u if extras else 0)
+    torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-9)
+    wanted = [u, *m.parameters(), *([norm] if norm is not None else [])]
+    weight = torch.randn_like(mine)
+    gradients = [torch.autograd.grad((y * weight).sum(), wanted) for y in (mine, theirs)]
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).abs().max() < 1e-9 * b.abs().max()
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 16, 17, 31])
+def test_any_length(length: int) -> None:
+    m = mixer(rows=16).double()
+    u = torch.randn(1, length, 32, dtype=torch.float64)
+    torch.testing.assert_close(m(u), plain(m, u), atol=1e-11, rtol=1e-9)
+
+
+def test_bf16_is_finite_and_close() -> None:
+    """Outputs within 3 %, gradients within 5 % in norm; also as autocast on fp32 weights.
+
+    The decays' gradients too: they are differences, and must not drown in rounded sums.
+    """
+    m = mixer(rows=64)
+    u = torch.randn(1, 200, 32)
+    weight = torch.randn(1, 200, 32)
+    wanted = m(u)
+    exact = torch.autograd.grad((wanted * weight).sum(), list(m.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = m(u)
+    autocast = torch.autograd.grad((cast.float() * weight).sum(), list(m.parameters()))
+    m.bfloat16()
+    rounded = m(u.bfloat16())
+    gradients = torch.autograd.grad((rounded.float() * weight).sum(), list(m.parameters()))
+    assert rounded.dtype == torch.bfloat16
+    for a in (cast, rounded):
+        assert (a.float() - wanted).norm() < 0.03 * wanted.norm()
+    for found in (autocast, gradients):
+        for a, b in zip(found, exact, strict=True):
+            assert a.isfinite().all() and (a.float() - b).norm() < 0.05 * b.norm()
+
+
+def test_fp16_is_refused() -> None:
+    with pytest.raises(RecipeError, match="fp16 has not the range"):
+        mixer().half()(torch.randn(1, 8, 32).half())
+
+
+def test_continuing_equals_one_call() -> None:
+    """Pieces of 1 to 40 tokens; single ones by the one-token path. fp64, 1e-9."""
+    m = mixer(rows=32, ngroups=2).double()
+    norm = torch.rand(32, dtype=torch.float64)
+    u = torch.randn(2, 80, 32, dtype=torch.float64)
+    whole = m.run(u, Pack(), prenorm=norm, residual=True)
+    with torch.no_grad():
+        state, outputs = None, []
+        for piece in u.split([1, 1, 2, 40, 1, 1, 34], 1):
+            y, state = m.extend(piece, state, prenorm=norm, residual=True)
+            outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs, 1), whole.detach(), atol=1e-11, rtol=1e-9)
+
+
+def test_gradients_pass_through_the_state() -> None:
+    m = mixer(rows=32).double()
+    u = torch.randn(1, 40, 32, dtype=torch.float64, requires_grad=True)
+    first, state = m.extend(u[:, :13])
+    second, _ = m.extend(u[:, 13:], state)
+    weight = torch.randn(1, 40, 32, dtype=torch.float64)
+    wanted = [u, *m.parameters()]
+    (a, b) = (
+        torch.autograd.grad((y * weight).sum(), wanted)
+        for y in (torch.cat([first, second], 1), m(u))
+    )
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-10, rtol=1e-8)
+
+
+def test_later_tokens_change_nothing_to_the_last_bit() -> None:
+    m = mixer(rows=64)
+    u = torch.randn(1, 150, 32)
+    first = m(u)
+    for start in (1, 40, 64, 130):
+        other = u.clone()
+        other[:, start:] = torch.randn(150 - start, 32) * 30
+        assert torch.equal(first[:, :start], m(other)[:, :start])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_packed_equals_padded_equals_alone(reverse: bool) -> None:
+    """Samples of unequal length, what pads them is noise; fp64, 1e-10."""
+    lengths = [30, 7, 50, 30, 1]
+    u = torch.randn(5, 50, 32, dtype=torch.float64)
+    results = []
+    for batching in ("packed", "padded"):
+        m = mixer(rows=64, batching=batching).double()
+        packs = m.packs(lengths, 50, u.device)
+        assert len(packs) == (4 if batching == "packed" else 1)
+        if not reverse:
+            results.append(m(u, lengths))
+        else:
+            from fmrizoo.layers.ragged import give_back
+
+            parts = [m.run(p.take(u), p, reverse=True) for p in packs]
+            results.append(give_back(packs, parts, 5, 50))
+    for sample, length in enumerate(lengths):
+        alone = u[sample : sample + 1, :length]
+        wanted = m(alone.flip(1)).flip(1) if reverse else m(alone)
+        for found in results:
+            torch.testing.assert_close(found[sample, :length], wanted[0], atol=1e-10, rtol=1e-8)
+        assert reverse or not results[1][sample, length:].any()
+
+
+def test_a_strong_decay_takes_shorter_chunks_and_stays_right() -> None:
+    m = mixer(chunk_size=64).double()
+    with torch.no_grad():
+        m.dt_bias.fill_(1.0)
+    u = torch.randn(1, 100, 32, dtype=torch.float64)
+    torch.testing.assert_close(m(u), plain(m, u), atol=1e-11, rtol=1e-9)
+
+
+def test_adapters_around_the_projections_count() -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer = base
+            self.down = nn.Linear(base.in_features, 2, bias=False, dtype=base.weight.dtype)
+            self.up = nn.Linear(2, base.out_features, bias=False, dtype=base.weight.dtype)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.base_layer(x) + self.up(self.down(x))
+            return out
+
+    m = mixer(bias=True).double()
+    u = torch.randn(1, 20, 32, dtype=torch.float64)
+    before = m(u)
+    m.in_proj = Adapter(m.in_proj)  # type: ignore[assignment]
+    m.out_proj = Adapter(m.out_proj)  # type: ignore[assignment]
+    after = m(u)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, plain(m, u), atol=1e-11, rtol=1e-9)
+    after.sum().backward()
+    assert m.in_proj.down.weight.grad is not None and m.out_proj.up.weight.grad is not None
+
+
+def test_starts_as_mamba_ssm_does() -> None:
+    m = mixer(d_model=1024, head_dim=4)
+    steps = F.softplus(m.dt_bias)
+    assert 0.001 * 0.99 <= steps.min() < 0.002 and 0.09 < steps.max() <= 0.1 * 1.01
+    rates = m.A_log.exp()
+    assert 1 <= rates.min() < 1.5 and 15.5 < rates.max() <= 16
+    assert (m.D == 1).all() and (m.norm.weight == 1).all()
+    assert all(getattr(p, "_no_weight_decay", False) for p in (m.dt_bias, m.A_log, m.D))
+
+
+def test_shapes_without_numbers() -> None:
+    with torch.device("meta"):
+        m = mixer()
+        assert m(torch.empty(2, 40, 32)).shape == (2, 40, 32)
+
+
+def test_what_cannot_be_built_is_refused() -> None:
+    with pytest.raises(RecipeError, match="head_dim 24 must divide"):
+        mixer(head_dim=24)
+    with pytest.raises(RecipeError, match="ngroups = 3"):
+        mixer(ngroups=3)
+    with pytest.raises(RecipeError, match="scan_backend must be one of"):
+        mixer(scan_backend="cuda")
+
+
+def test_the_kernels_are_asked_for_by_name_or_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mixer().scan_backend == "torch"
+    monkeypatch.setattr("fmrizoo.backbones.mamba2._missing_kernels", lambda: ["mamba_ssm"])
+    with pytest.raises(MissingExtraError, match=r"fmrizoo\[mamba\]"):
+        mixer(scan_backend="mamba_ssm")
+    monkeypatch.setattr("fmrizoo.backbones.mamba2._missing_kernels", lambda: [])
+    forced = mixer(scan_backend="mamba_ssm")
+    with pytest.raises(RecipeError, match="CUDA only"):
+        forced(torch.randn(1, 8, 32))
+    assert forced.largest_pack() * max(forced.in_proj.out_features, 1) < 2**31
