@@ -9,8 +9,9 @@ step() { printf '\n%s\n' "── $1"; }
 step "1/6 prepare: 18 runs of Haxby et al. 2001 (BIDS) → one checksummed HDF5 file"
 fmrizoo prepare sample:haxby2001 "$out/store" prepare.space=native
 
-step "2/6 pretrain on the whole brain (swin4d + SimMIM), for the pictures"
-fmrizoo pretrain pretrain/haxby_swin4d_simmim "data.store=$out/store" --out "$out/pretrain-wholebrain"
+step "2/6 pretrain: every backbone × every objective on the whole brain"
+fmrizoo pretrain "pretrain/haxby_*_*" "data.store=$out/store" --out "$out/pairs"
+fmrizoo analyze autocorrelation "$out"/pairs/*
 
 step "3/6 pretrain on one slice at native resolution, once per fold: test runs are never seen"
 fmrizoo pretrain pretrain/haxby_slice "data.store=$out/store" --out "$out/pretrain-slice" --every-fold
