@@ -49,6 +49,13 @@ def _color(backbone: str, among: Sequence[str]) -> str:
     return COLORS.get(backbone) or OTHERS[others.index(backbone) % len(OTHERS)]
 
 
+def count(parameters: int) -> str:
+    """Parameters in millions or billions."""
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.1f}B"
+    return f"{parameters / 1e6:.1f}M" if parameters < 1e7 else f"{parameters / 1e6:.0f}M"
+
+
 # --- dynamics -------------------------------------------------------------------------------------
 
 
@@ -207,9 +214,13 @@ def _memory_figure(rows: Sequence[MemoryRow], key: tuple[Any, ...]) -> MemoryFig
 
 
 def _who(row: MemoryRow, rows: Sequence[MemoryRow]) -> str:
-    """The backbone, or the recipe's name where several share a backbone."""
-    same = {r.recipe for r in rows if r.backbone == row.backbone}
-    return row.recipe.rsplit("/", 1)[-1].removesuffix(".yaml") if len(same) > 1 else row.backbone
+    """The backbone (the recipe's name where several share one) and the model's size."""
+    same = [r for r in rows if r.backbone == row.backbone]
+    several = len({r.recipe for r in same}) > 1
+    name = row.recipe.rsplit("/", 1)[-1].removesuffix(".yaml") if several else row.backbone
+    # Tables of positions grow with the clip, so that a model's size moves a little with it.
+    largest = max(r.parameters for r in same if r.recipe == row.recipe)
+    return f"{name} {count(largest)}"
 
 
 def slope(points: dict[int, float]) -> float | None:

@@ -80,10 +80,10 @@ def test_memory_has_a_line_with_its_slope_for_every_way(tmp_path: Path) -> None:
     write_memory(tmp_path / "somewhere", memory_rows())
     (figure,) = analysis.memory(collect([tmp_path]))
     for said in (
-        "swin4d, all kept: 31 MB a frame",
-        "swin4d, window-chunk: 6 MB a frame",
-        "neuromamba, all kept: 12.5 MB a frame",
-        "neuromamba, window-chunk: 4.5 MB a frame",
+        "swin4d 50M, all kept: 31 MB a frame",
+        "swin4d 50M, window-chunk: 6 MB a frame",
+        "neuromamba 50M, all kept: 12.5 MB a frame",
+        "neuromamba 50M, window-chunk: 4.5 MB a frame",
     ):
         assert said in figure.image.alt and f"<!-- {said}" in drawing(figure.image)
     assert figure.conditions == ("one clip of 96×96×96 voxels, with its objective, bf16 on cpu")
@@ -96,7 +96,8 @@ def test_labels_of_lines_that_end_together_do_not_touch(tmp_path: Path) -> None:
     write_memory(tmp_path, rows)
     (figure,) = analysis.memory(collect([tmp_path]))
     labels = re.findall(
-        r"<!-- \w+, [^>]* MB a frame -->\s*<g [^>]*translate\(\S+ (\S+)\)", drawing(figure.image)
+        r"<!-- \w+ 50M, [^>]* MB a frame -->\s*<g [^>]*translate\(\S+ (\S+)\)",
+        drawing(figure.image),
     )
     heights = sorted(float(y) for y in labels)
     assert len(heights) == 4
@@ -109,14 +110,14 @@ def test_unequal_conditions_do_not_share_axes_and_recipes_are_told_apart(tmp_pat
     write_memory(tmp_path / "a", [*rows, *larger])
     write_memory(tmp_path / "b", [replace(r, device="cuda", objective="") for r in rows])
     first, second = analysis.memory(collect([tmp_path]))
-    assert "swin4d_806M, all kept" in first.image.alt and "swin4d_simmim" in first.image.alt
+    assert "swin4d_806M 50M, all kept" in first.image.alt and "swin4d_simmim" in first.image.alt
     assert second.conditions.endswith("of the encoder alone, bf16 on cuda")
 
 
 def test_a_single_length_has_no_slope(tmp_path: Path) -> None:
     write_memory(tmp_path, memory_rows(frames=(20,)))
     (figure,) = analysis.memory(collect([tmp_path]))
-    assert "swin4d, all kept: 637 MB" in figure.image.alt
+    assert "swin4d 50M, all kept: 637 MB" in figure.image.alt
 
 
 def test_what_was_not_measured_is_said(tree: Path, runs: Path, tmp_path: Path) -> None:
