@@ -7,18 +7,12 @@ Weights move freely between this module and mamba-ssm's ``Mamba2`` (same names, 
 Two ways to compute it, ``scan_backend``:
 
 - ``torch``: runs anywhere, slices of the sequence at a time (:mod:`.mamba2_slices`).
-- ``mamba_ssm``: mamba-ssm's Triton scan and causal-conv1d's kernel, on CUDA only. ``auto`` takes
-  it where the model is on a CUDA device and both packages are installed. **This path was written
-  from the packages' interfaces and could not be run where fmrizoo is developed (no GPU).** What it
-  guards against: a packed row resets the state only by ``seq_idx``; convolution strides must be
-  multiples of 8; 32-bit offsets in the kernels (mamba issue 1015) bound a pack's size.
+- ``mamba_ssm``: its CUDA kernels (:mod:`.mamba2_kernels`). ``auto`` takes them where the model is
+  on CUDA and the packages are installed. Not run where fmrizoo is developed: no GPU there.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import logging
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,18 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from fmrizoo.backbones.mamba2_kernels import (
+    missing_kernels,
+    most_tokens,
+    require_kernels,
+    run_kernels,
+)
 from fmrizoo.backbones.mamba2_slices import Mix, Shape, Weights
 from fmrizoo.backbones.ssd import LIMIT, LOG2_E, SHORTEST, check_range, step
-from fmrizoo.errors import MissingExtraError, RecipeError
+from fmrizoo.errors import RecipeError
 from fmrizoo.layers.ragged import Pack, by_length, end_to_end, give_back, together
-
-log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "torch", "mamba_ssm")
 BATCHING = ("packed", "padded")
-KERNELS = ("mamba_ssm", "causal_conv1d")
 EPS = 1e-5
-CPU_ROWS, OTHER_ROWS = 2048, 32768  # tokens of a slice
+CPU_SLICE, OTHER_SLICE = 1 << 20, 1 << 24  # tokens · inner width of a slice: what a cache holds
 
 
 @dataclass
@@ -111,7 +108,7 @@ class Mamba2(nn.Module):
                 f"{', '.join(BATCHING)}, got {scan_backend!r} and {batching!r}"
             )
         if scan_backend == "mamba_ssm":
-            _require_kernels()
+            require_kernels()
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.inner, self.head_dim, self.ngroups = inner, head_dim, ngroups
         self.heads = inner // head_dim
@@ -145,7 +142,7 @@ class Mamba2(nn.Module):
         """What this mixer computes with where it is now: ``torch`` or ``mamba_ssm``."""
         if self._backend != "auto":
             return self._backend
-        return "mamba_ssm" if self.A_log.is_cuda and not _missing_kernels() else "torch"
+        return "mamba_ssm" if self.A_log.is_cuda and not missing_kernels() else "torch"
 
     def forward(self, u: Tensor, lengths: Tensor | list[int] | None = None) -> Tensor:
         """Run whole sequences.
@@ -171,13 +168,9 @@ class Mamba2(nn.Module):
         if self.batching == "padded":
             return together(lengths, length, device)
         if self.scan_backend == "mamba_ssm":
-            return end_to_end(lengths, length, device, self.largest_pack())
+            sizes = (self.heads, self.head_dim, self.ngroups, self.d_state, self.chunk_size)
+            return end_to_end(lengths, length, device, most_tokens(*sizes))
         return by_length(lengths, length, device)
-
-    def largest_pack(self) -> int:
-        """Tokens that the CUDA kernels' 32-bit offsets can reach (mamba issue 1015)."""
-        states = self.heads * self.head_dim * self.d_state // self.chunk_size + 1
-        return (2**31 - 1) // max(_to_eight(self.in_proj.out_features), states)
 
     def run(
         self,
@@ -199,9 +192,8 @@ class Mamba2(nn.Module):
         """
         u = pack.flip(u) if reverse else u
         if self.scan_backend == "mamba_ssm":
-            if not u.is_cuda:
-                raise RecipeError(f"scan_backend=mamba_ssm runs on CUDA only, got {u.device}")
-            out = self._run_kernels(u, pack.sequence, prenorm, residual)
+            s, w = self.shape(u, prenorm is not None, residual), self.weights(prenorm)
+            out = run_kernels(u, pack.sequence, s, w)
         else:
             out, _ = self._run_slices(u, None, prenorm, residual)
         return pack.flip(out) if reverse else out
@@ -243,13 +235,13 @@ class Mamba2(nn.Module):
 
     def slice_length(self, batch: int, device: torch.device) -> int:
         """Tokens of each sample that are computed at a time."""
-        rows = self.rows or (CPU_ROWS if device.type == "cpu" else OTHER_ROWS)
+        size = CPU_SLICE if device.type == "cpu" else OTHER_SLICE
+        rows = self.rows or max(512, size // self.inner)
         return max(1, rows // batch // self.chunk_size) * self.chunk_size
 
     def shape(self, u: Tensor, prenorm: bool, residual: bool) -> Shape:
         """How ``u`` is computed; products in the dtype of ``u``, or that of autocast."""
-        device = u.device.type
-        dtype = u.dtype
+        device, dtype = u.device.type, u.dtype
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         check_range(dtype)
@@ -267,6 +259,23 @@ class Mamba2(nn.Module):
             prenorm=prenorm,
             residual=residual,
         )
+
+    def flops(self, tokens: int) -> dict[str, int]:
+        """FLOPs (2 per multiply-add) of one sequence on slices, matrix products and convolution."""
+        every = self.slice_length(1, self.A_log.device)
+        pairs = rows = 0
+        for start in range(0, tokens, every):
+            length = min(every, tokens - start)
+            chunk = min(self.chunk_size, SHORTEST * math.ceil(length / SHORTEST))
+            rows += math.ceil(length / chunk) * chunk
+            pairs += math.ceil(length / chunk) * chunk**2
+        scan = pairs * (self.ngroups * self.d_state + self.inner)
+        width = self.in_proj.out_features + self.inner
+        return {
+            "projections": 2 * tokens * self.d_model * width,
+            "convolution": 2 * tokens * self.conv1d.weight.numel(),
+            "scan": 2 * (scan + 2 * rows * self.d_state * self.inner),
+        }
 
     def _run_slices(
         self, u: Tensor, state: MixerState | None, prenorm: Tensor | None, residual: bool
@@ -314,50 +323,6 @@ class Mamba2(nn.Module):
         out = (source + out if residual else out).to(source.dtype)
         return out, MixerState(window[:, 1:], scan)
 
-    def _run_kernels(
-        self, u: Tensor, sequence: Tensor | None, prenorm: Tensor | None, residual: bool
-    ) -> Tensor:
-        """The same on mamba-ssm's and causal-conv1d's kernels (never run here: no GPU)."""
-        scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
-        conv = importlib.import_module("causal_conv1d")
-        s, w = self.shape(u, prenorm is not None, residual), self.weights(prenorm)
-        source, u = u, u.to(s.dtype)
-        if prenorm is not None:
-            u = F.rms_norm(u, u.shape[-1:], eps=EPS)
-        # Rows of a width that is a multiple of 8, as the convolution needs; the rest stays unused.
-        width = w.inward.shape[0]
-        padding = _to_eight(width) - width
-        bias = None if w.inward_bias is None else F.pad(w.inward_bias, (0, padding)).to(s.dtype)
-        projected = F.linear(u, F.pad(w.inward, (0, 0, 0, padding)).to(s.dtype), bias)
-        z, xBC, dt, _ = torch.split(projected, [s.inner, s.mixed, s.heads, padding], -1)
-        if s.inner % 8 or s.mixed % 8:
-            xBC = F.pad(xBC, (0, _to_eight(s.mixed) - s.mixed))[..., : s.mixed]
-        xBC = conv.causal_conv1d_fn(
-            xBC.transpose(1, 2),
-            w.conv.to(s.dtype),
-            w.conv_bias.to(s.dtype),
-            seq_idx=sequence,
-            activation="silu",
-        ).transpose(1, 2)
-        x, B, C = torch.split(xBC, [s.inner, s.groups * s.states, s.groups * s.states], -1)
-        y = scan.mamba_chunk_scan_combined(
-            torch.unflatten(x, -1, (s.heads, s.head_dim)),
-            dt,
-            w.A,
-            torch.unflatten(B, -1, (s.groups, s.states)),
-            torch.unflatten(C, -1, (s.groups, s.states)),
-            chunk_size=_power_of_two(s.chunk),
-            D=w.D.float(),
-            dt_bias=w.dt_bias,
-            dt_softplus=True,
-            seq_idx=sequence,
-        )
-        gated = (y.flatten(2) * F.silu(z)).unflatten(-1, (s.groups, -1))
-        normed = F.rms_norm(gated, gated.shape[-1:], eps=EPS).flatten(2)
-        bias = None if w.outward_bias is None else w.outward_bias.to(s.dtype)
-        out = F.linear(normed, w.outward.to(s.dtype), bias).to(source.dtype)
-        return source + out if residual else out
-
 
 def _matrix(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a Linear, or of whatever linear module has taken its place.
@@ -395,23 +360,3 @@ def _fitting_chunk(chunk: int, w: Weights) -> int:
     while chunk > SHORTEST and chunk * fastest * LOG2_E < -LIMIT:
         chunk = max(SHORTEST, chunk // 2)
     return chunk
-
-
-def _missing_kernels() -> list[str]:
-    return [name for name in KERNELS if importlib.util.find_spec(name) is None]
-
-
-def _require_kernels() -> None:
-    if missing := _missing_kernels():
-        raise MissingExtraError(
-            f"scan_backend=mamba_ssm needs {', '.join(missing)}: "
-            "pip install --no-build-isolation 'fmrizoo[mamba]'"
-        )
-
-
-def _to_eight(width: int) -> int:
-    return math.ceil(width / 8) * 8
-
-
-def _power_of_two(chunk: int) -> int:
-    return 1 << max(4, (chunk - 1).bit_length())

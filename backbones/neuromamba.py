@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil, prod
+from functools import cache
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -157,6 +158,12 @@ class MambaBlock(nn.Module):
         return x + self.drop(mixed), state
 
 
+@cache
+def _announce(backend: str) -> None:
+    """Say what the scans are computed with, once in a process."""
+    log.info("neuromamba scans with %s", backend)
+
+
 def _mixer(config: NeuroMambaConfig) -> Mamba2:
     return Mamba2(
         config.embed_dim,
@@ -197,7 +204,6 @@ class NeuroMamba(Backbone):
         self.blocks = nn.ModuleList(MambaBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.embed_dim, eps=EPS)
         self.checkpointing = "none"
-        self._announced = ""
 
     @classmethod
     def supports(cls, config: NeuroMambaConfig) -> frozenset[str]:
@@ -323,7 +329,7 @@ class NeuroMamba(Backbone):
         return [kept[i] for i in wanted]
 
     def _run(self, tokens: Tokens, keep: set[int]) -> dict[int, Features]:
-        self._announce()
+        _announce(self.scan_backend)
         where = getattr(tokens, "where", None)
         if where is None:
             where = self._where(tokens.index, None)
@@ -331,11 +337,15 @@ class NeuroMamba(Backbone):
         batch, length, _ = x.shape
         lengths = tokens.valid.sum(1).tolist()
         packs = self._blocks()[0].mixer.packs(lengths, length, x.device)
+        # The CUDA kernels know no slices: there a block is the least that is made again.
+        recompute = self.checkpointing == "block" or (
+            self.checkpointing == "window-chunk" and self.scan_backend == "mamba_ssm"
+        )
         found: dict[int, list[Tensor]] = {number: [] for number in keep}
         for pack in packs:
             part = pack.take(x)
             for number, block in enumerate(self._blocks()):
-                if self.checkpointing == "block" and torch.is_grad_enabled():
+                if recompute and torch.is_grad_enabled():
                     part = checkpoint(block, part, pack, use_reentrant=False)
                 else:
                     part = block(part, pack)
@@ -349,12 +359,6 @@ class NeuroMamba(Backbone):
                 values = values * tokens.valid.unsqueeze(-1)
             kept[number] = Features(values, tokens.index, tokens.valid, tokens.grid, tokens.brain)
         return kept
-
-    def _announce(self) -> None:
-        """Say once what the scans are computed with."""
-        if self._announced != self.scan_backend:
-            self._announced = self.scan_backend
-            log.info("neuromamba scans with %s", self.scan_backend)
 
     def place(self, patches: Tensor, index: Tensor, tr: Tensor | None = None) -> Tensor:
         """``patches (b, n, p)`` at ``index (b, n, 4)`` → values with positions, for `extend`."""
@@ -371,7 +375,7 @@ class NeuroMamba(Backbone):
         """
         if self.config.bidirectional:
             raise RecipeError("neuromamba with bidirectional=true cannot go on with a sequence")
-        self._announce()
+        _announce(self.scan_backend)
         states = [None] * len(self.blocks) if state is None else list(state)
         after = []
         for block, before in zip(self._blocks(), states, strict=True):
@@ -394,25 +398,10 @@ class NeuroMamba(Backbone):
             cells = mask.nonzero() // torch.tensor(self.patch_size[:3], device=mask.device)
             patches = len(torch.unique(cells, dim=0))
         tokens = patches * (grid.t // self.patch_size[3])
-        mixer = self._blocks()[0].mixer
-        inner, states, size = mixer.inner, mixer.d_state, mixer.chunk_size
-        every = mixer.slice_length(1, self.embed.weight.device)
-        pairs = rows = 0
-        for start in range(0, tokens, every):
-            length = min(every, tokens - start)
-            chunk = min(size, SHORTEST * ceil(length / SHORTEST))
-            rows += ceil(length / chunk) * chunk
-            pairs += ceil(length / chunk) * chunk**2
         mixers = len(self.blocks) * (2 if self.config.bidirectional else 1)
-        scan = pairs * (mixer.ngroups * states + inner) + 2 * rows * states * inner
+        each = self._blocks()[0].mixer.flops(tokens)
         return {
             "patch_embed": 2 * tokens * prod(self.embed.weight.shape),
             "positions": 2 * tokens * prod(self.position.weight.shape),
-            "projections": 2
-            * mixers
-            * tokens
-            * self.embed_dim
-            * (mixer.in_proj.out_features + inner),
-            "convolution": 2 * mixers * tokens * mixer.conv1d.weight.numel(),
-            "scan": 2 * mixers * scan,
+            **{part: mixers * count for part, count in each.items()},
         }

@@ -31,7 +31,9 @@ STRANGERS = {
 # Reading an exported model needs the trainer's file format, when a function asks for it.
 LAZY = {("zoo", "fmrizoo.trainer.export"), ("weights", "fmrizoo.trainer.export")}
 # Parts of a backbone in files of their own; a backbone imports no other backbone.
-PARTS = {f"fmrizoo.backbones.{name}" for name in ("ssd", "mamba2", "mamba2_slices")}
+PARTS = {
+    f"fmrizoo.backbones.{name}" for name in ("ssd", "mamba2", "mamba2_slices", "mamba2_kernels")
+}
 TOP = ("backbones", "objectives", "recipes")
 
 

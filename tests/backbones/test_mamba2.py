@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fmrizoo.backbones import mamba2_kernels
 from fmrizoo.backbones.mamba2 import Mamba2
 from fmrizoo.backbones.ssd import ssd
 from fmrizoo.errors import MissingExtraError, RecipeError
-from fmrizoo.layers.ragged import Pack
+from fmrizoo.layers.ragged import Pack, end_to_end, give_back
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURE: dict[str, Any] = torch.load(
@@ -186,8 +188,6 @@ def test_packed_equals_padded_equals_alone(reverse: bool) -> None:
         if not reverse:
             results.append(m(u, lengths))
         else:
-            from fmrizoo.layers.ragged import give_back
-
             parts = [m.run(p.take(u), p, reverse=True) for p in packs]
             results.append(give_back(packs, parts, 5, 50))
     for sample, length in enumerate(lengths):
@@ -257,11 +257,73 @@ def test_what_cannot_be_built_is_refused() -> None:
 
 def test_the_kernels_are_asked_for_by_name_or_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mixer().scan_backend == "torch"
-    monkeypatch.setattr("fmrizoo.backbones.mamba2._missing_kernels", lambda: ["mamba_ssm"])
+    monkeypatch.setattr(mamba2_kernels, "missing_kernels", lambda: ["mamba_ssm"])
     with pytest.raises(MissingExtraError, match=r"fmrizoo\[mamba\]"):
         mixer(scan_backend="mamba_ssm")
-    monkeypatch.setattr("fmrizoo.backbones.mamba2._missing_kernels", lambda: [])
+    monkeypatch.setattr(mamba2_kernels, "missing_kernels", lambda: [])
     forced = mixer(scan_backend="mamba_ssm")
+    assert forced.scan_backend == "mamba_ssm"
     with pytest.raises(RecipeError, match="CUDA only"):
         forced(torch.randn(1, 8, 32))
-    assert forced.largest_pack() * max(forced.in_proj.out_features, 1) < 2**31
+
+
+def test_what_the_kernels_get_stays_within_32_bits() -> None:
+    for sizes in [(8, 64, 1, 64, 64), (32, 64, 1, 256, 64), (3, 5, 1, 4, 16)]:
+        heads, head_dim, groups, states, chunk = sizes
+        most = mamba2_kernels.most_tokens(*sizes)
+        width = 2 * heads * head_dim + 2 * groups * states + heads
+        assert most * width < 2**31
+        assert most // chunk * heads * head_dim * states < 2**31
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Any, activation: str) -> Tensor:
+    """The interface of causal-conv1d, with what its kernel asks of strides."""
+    assert x.stride(1) == 1 and x.stride(2) % 8 == 0 and activation == "silu"
+    parts = []
+    for piece in sequences(x, seq_idx, 2):
+        padded = F.pad(piece, (weight.shape[1] - 1, 0))
+        parts.append(F.conv1d(padded, weight.unsqueeze(1), bias, groups=len(weight)))
+    return F.silu(torch.cat(parts, 2))
+
+
+def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **o: Any) -> Tensor:
+    """The interface of mamba-ssm's scan, with a state that is reset where ``seq_idx`` changes."""
+    assert o["dt_softplus"] and o["chunk_size"] & (o["chunk_size"] - 1) == 0
+    dt = F.softplus(dt + o["dt_bias"])
+    rows = [sequences(t, o["seq_idx"], 1) for t in (x, dt, B, C)]
+    parts = [ssd(a, b, A, c, d, backend="ref")[0] for a, b, c, d in zip(*rows, strict=True)]
+    return torch.cat(parts, 1) + o["D"][:, None] * x
+
+
+def sequences(t: Tensor, seq_idx: Tensor | None, axis: int) -> list[Tensor]:
+    if seq_idx is None:
+        return [t]
+    assert len(t) == 1 and seq_idx.dtype == torch.int32
+    return list(t.split(torch.bincount(seq_idx[0]).tolist(), axis))
+
+
+@pytest.mark.parametrize("values", [{}, {"ngroups": 2, "bias": True}, {"d_state": 5}])
+def test_the_kernels_path_on_plain_functions_in_their_place(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What surrounds the kernels: fp64, 1e-9. The kernels themselves need a GPU."""
+    stubs = {
+        "causal_conv1d": SimpleNamespace(causal_conv1d_fn=convolve),
+        "mamba_ssm.ops.triton.ssd_combined": SimpleNamespace(mamba_chunk_scan_combined=scan),
+    }
+    monkeypatch.setattr(mamba2_kernels.importlib, "import_module", stubs.__getitem__)
+    m = mixer(**values).double()
+    norm = torch.rand(32, dtype=torch.float64)
+    u = torch.randn(4, 20, 32, dtype=torch.float64)
+    s, w = m.shape(u, True, True), m.weights(norm)
+    whole = m.run(u, Pack(), prenorm=norm, residual=True)
+    torch.testing.assert_close(mamba2_kernels.compute(u, None, s, w), whole, atol=1e-11, rtol=1e-9)
+    lengths = [20, 3, 11, 7]
+    packs = end_to_end(lengths, 20, u.device, 30)
+    assert len(packs) == 2
+    parts = [mamba2_kernels.compute(p.take(u), p.sequence, s, w) for p in packs]
+    found = give_back(packs, parts, 4, 20)
+    for sample, length in enumerate(lengths):
+        torch.testing.assert_close(
+            found[sample, :length], whole[sample, :length], atol=1e-11, rtol=1e-9
+        )
