@@ -25,7 +25,9 @@ class Pack(NamedTuple):
 
     def take(self, x: Tensor) -> Tensor:
         """``(b, n, d)`` → ``(b', l', d)``."""
-        return x if self.rows is None else x.flatten(0, 1)[self.rows]
+        if self.rows is None:
+            return x
+        return x.flatten(0, 1).index_select(0, self.rows.flatten()).view(*self.rows.shape, -1)
 
     def flip(self, x: Tensor) -> Tensor:
         """``(b', l', d)`` with every sequence reversed where it is; its own inverse."""
