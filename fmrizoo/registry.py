@@ -14,10 +14,12 @@ from fmrizoo.errors import MissingExtraError, RecipeError
 T = TypeVar("T", bound=Callable[..., Any])
 
 
-def suggest(name: str, known: list[str]) -> str:
-    """The tail of an error message: the nearest known name, then all of them."""
+def suggest(name: str, known: list[str], where: str | None = None) -> str:
+    """The tail of an error message: the nearest known name, then all of them, or ``where``."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
+    if where is not None:
+        return f"{hint} {where}"
     return f"{hint} Available: {', '.join(sorted(known)) or 'none'}."
 
 

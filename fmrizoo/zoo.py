@@ -76,7 +76,8 @@ def recipe_path(name: str | Path) -> Path:
         return shipped[short[0]]
     if short:
         raise RecipeError(f"recipe {str(name)!r} is ambiguous: {', '.join(sorted(short))}")
-    raise RecipeError(f"unknown recipe {str(name)!r}.{suggest(str(name), list(shipped))}")
+    hint = suggest(str(name), list(shipped), "`fmrizoo list recipes` prints all names.")
+    raise RecipeError(f"unknown recipe {str(name)!r}.{hint}")
 
 
 def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:

@@ -129,7 +129,7 @@ def test_build_gives_what_the_recipe_asks_for() -> None:
     [
         ({}, "give a recipe, or backbone="),
         ({"recipe": PRETRAINING, "head": "linear"}, "not both"),
-        ({"objective": "simmim"}, "names no backbone. Available: swin4d"),
+        ({"objective": "simmim"}, "names no backbone. Available: neuromamba, swin4d"),
         ({"backbone": SWIN, "head": "linear"}, "a head needs to know its task"),
         ({"backbone": "swin5d"}, r"unknown backbone 'swin5d'. Did you mean 'swin4d'\?"),
         ({"backbone": {**SWIN, "embed": 3}}, "unknown key 'backbone.embed'"),
