@@ -132,6 +132,8 @@ class Mamba2(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """mamba-ssm's start: steps log-uniform in [0.001, 0.1], decay rates uniform in [1, 16]."""
+        if self.A_log.is_meta:  # random numbers of no value take seconds there
+            return
         low, high = math.log(0.001), math.log(0.1)
         steps = torch.exp(torch.rand_like(self.dt_bias) * (high - low) + low)
         self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus(dt_bias) = steps

@@ -97,11 +97,15 @@ class SwinFactorizedConfig:
                 f"two spatial Swin blocks), got {list(self.depths)}"
             )
         for stage, heads in enumerate(self.num_heads):
-            channels = self.embed_dim * self.c_mult**stage // heads
-            if channels % 6:
+            width = self.embed_dim * self.c_mult**stage
+            if width // heads % 6:
+                fit = [h for h in range(1, width + 1) if width % (6 * h) == 0]
+                close = min(fit, key=lambda h: abs(h - heads), default=None)
+                hint = f"take {close} heads" if close else "take an embed_dim that 6 divides"
                 raise RecipeError(
-                    f"backbone.num_heads[{stage}]={heads} leaves {channels} channels to a head of "
-                    f"stage {stage + 1}: rotary positions along three axes need a multiple of 6"
+                    f"backbone.num_heads[{stage}]={heads} leaves {width // heads} channels to a "
+                    f"head of stage {stage + 1}, but rotary positions along three axes need a "
+                    f"multiple of 6: {hint}"
                 )
 
 

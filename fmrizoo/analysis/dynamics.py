@@ -21,7 +21,7 @@ from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.loader import Loader
 from fmrizoo.data.splits import Split
 from fmrizoo.data.store import RunInfo, Store
-from fmrizoo.errors import CheckpointError, DataError, FmrizooError
+from fmrizoo.errors import DataError, FmrizooError
 from fmrizoo.files import write_atomic
 from fmrizoo.model import DownstreamModel, PretrainingModel
 from fmrizoo.types import Backbone, Batch
@@ -47,6 +47,8 @@ def analyze_run(run: Path, *, clips: int = 32, frames: int | None = None) -> Aut
         CheckpointError: no model there, or data preprocessed in another way than the model expects.
         DataError: unusable data, or clips too short for an autocorrelation.
     """
+    from fmrizoo.trainer.export import check_contract, read_info
+
     if clips < 1:
         raise DataError(f"at least one clip is needed, got {clips}")
     folder = model_folder(run)
@@ -54,7 +56,8 @@ def analyze_run(run: Path, *, clips: int = 32, frames: int | None = None) -> Aut
     model = cast(PretrainingModel | DownstreamModel, load(run))
     backbone = model.backbone
     table = _table(run, recipe, backbone, frames)
-    _check_contract(folder, table, recipe)
+    found_contract = table.contract(recipe.data.normalization)
+    check_contract(read_info(folder).contract, found_contract, folder, table.store.path)
     found = measure(
         backbone,
         _batches(_spread(table, clips), recipe),
@@ -102,19 +105,6 @@ def _spread(table: ClipTable, clips: int) -> ClipTable:
 def _batches(table: ClipTable, recipe: Recipe) -> Iterator[Batch]:
     for compact in Loader(table, recipe.data, 1).epoch():
         yield compact.to_batch()
-
-
-def _check_contract(folder: Path, table: ClipTable, recipe: Recipe) -> None:
-    from fmrizoo.trainer.export import read_info
-
-    contract = read_info(folder).contract
-    if contract is None:
-        raise CheckpointError(f"{folder} carries no preprocessing contract")
-    if differences := contract.differences(table.contract(recipe.data.normalization)):
-        raise CheckpointError(
-            f"the model in {folder} was trained on data preprocessed in another way than "
-            f"{table.store.path}: {'; '.join(differences)}"
-        )
 
 
 def write_analysis(folder: Path, found: Autocorrelation) -> Path:

@@ -44,7 +44,7 @@ class MemoryFigure:
     conditions: str
 
 
-def _color(backbone: str, among: Sequence[str]) -> str:
+def color_of(backbone: str, among: Sequence[str]) -> str:
     others = sorted({name for name in among if name not in COLORS})
     return COLORS.get(backbone) or OTHERS[others.index(backbone) % len(OTHERS)]
 
@@ -78,7 +78,7 @@ def dynamics(evidence: Evidence) -> Image | None:
             bottom = height - key - line * (HEAD + PANEL + FOOT) - HEAD - PANEL
             left, wide = 0.62 + column * (WIDTH - 0.45) / PER_ROW, (WIDTH - 0.45) / PER_ROW - 0.42
             axes = figure.add_axes((left / WIDTH, bottom / height, wide / WIDTH, PANEL / height))
-            _panel(axes, label, one, _color(one.backbone, names))
+            _panel(axes, label, one, color_of(one.backbone, names))
             axes.set_ylim(*_limits([one for _, one in found]))
             if column == 0:
                 axes.set_ylabel("autocorrelation")
@@ -150,7 +150,7 @@ def _dynamics_key(figure: Any, backbones: Sequence[str], height: float) -> None:
 
     handles = [Line2D([], [], color=GREY, lw=2.2, label="data")]
     handles += [
-        Line2D([], [], color=_color(b, backbones), lw=1.6, label=f"embeddings, {b}")
+        Line2D([], [], color=color_of(b, backbones), lw=1.6, label=f"embeddings, {b}")
         for b in backbones
     ]
     dotted = Line2D([], [], color=MUTED, lw=0.9, ls=(0, (1, 2)), label="multiples of the window")
@@ -189,7 +189,7 @@ def _memory_figure(rows: Sequence[MemoryRow], key: tuple[Any, ...]) -> MemoryFig
         axes = figure.add_subplot()
         ends = []
         for (who, mode), points in series.items():
-            color = _color(backbones[who], list(backbones.values()))
+            color = color_of(backbones[who], list(backbones.values()))
             x = sorted(points)
             y = [points[frames] for frames in x]
             axes.plot(x, y, color=color, lw=1.8, ls=DASHES.get(mode, "-"), marker="o", ms=4)

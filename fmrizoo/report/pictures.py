@@ -42,7 +42,7 @@ class View:
         return cut
 
 
-def _views(picture: Picture, rows: int = 4) -> list[View]:
+def views_of(picture: Picture, rows: int = 4) -> list[View]:
     """Slices at even distances through the hidden brain; for a single slice, frames instead."""
     axis, sizes = across(picture), picture.brain.shape
     per_frame = picture.hidden.sum((0, 1, 2))
@@ -71,7 +71,7 @@ def _even(values: Array, n: int) -> Array:
 
 
 @dataclass(frozen=True)
-class _Colors:
+class Colors:
     """Maps and limits: one for the signal, one, about 0, for the error."""
 
     signal: str
@@ -80,7 +80,7 @@ class _Colors:
     error: float
 
 
-def _colors(picture: Picture) -> _Colors:
+def colors_of(picture: Picture) -> Colors:
     inside = picture.truth[picture.brain]
     low, high = (float(v) for v in np.percentile(inside, [1, 99]))
     error = float(np.percentile(np.abs((picture.predicted - picture.truth)[picture.hidden]), 99))
@@ -90,7 +90,7 @@ def _colors(picture: Picture) -> _Colors:
     if centred:
         high = max(-low, high)
         low = -high
-    return _Colors("RdBu_r" if centred else "gray", low, high, max(error, 1e-9))
+    return Colors("RdBu_r" if centred else "gray", low, high, max(error, 1e-9))
 
 
 def slices(picture: Picture) -> Image:
@@ -98,7 +98,7 @@ def slices(picture: Picture) -> Image:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    views, colors = _views(picture), _colors(picture)
+    views, colors = views_of(picture), colors_of(picture)
     horizontal, vertical = (a for a in range(3) if a != views[0].axis)
     box = box_of(picture, views[0].axis)
     height, width = box[1] - box[0], box[3] - box[2]
@@ -115,11 +115,11 @@ def slices(picture: Picture) -> Image:
         grid = figure.subplots(len(views), columns, squeeze=False)
         shown: list[Any] = []
         for axes, view in zip(grid, views, strict=True):
-            shown = _row(axes, picture, view, colors, aspect)
+            shown = draw_row(axes, picture, view, colors, aspect)
             for a in axes:
                 a.set_xlim(box[2] - 0.5, box[3] - 0.5)
                 a.set_ylim(box[0] - 0.5, box[1] - 0.5)
-            axes[0].set_ylabel(_name(view, picture), fontsize=8.5)
+            axes[0].set_ylabel(name_of(view, picture), fontsize=8.5)
         for a, title in zip(grid[0], titles, strict=True):
             a.set_title(title, fontsize=9, fontweight="normal", loc="center")
         bars: dict[str, Any] = {
@@ -138,7 +138,7 @@ def slices(picture: Picture) -> Image:
         return png(figure, f"Slices by column: {', '.join(titles)}")
 
 
-def _row(axes: Any, picture: Picture, view: View, colors: _Colors, aspect: float) -> list[Any]:
+def draw_row(axes: Any, picture: Picture, view: View, colors: Colors, aspect: float) -> list[Any]:
     brain = view.cut(picture.brain)
     hidden = view.cut(picture.hidden)
     truth, filled = view.cut(picture.truth), view.cut(picture.filled)
@@ -207,7 +207,7 @@ def box_of(picture: Picture, axis: int) -> tuple[int, int, int, int]:
     return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
 
 
-def _name(view: View, picture: Picture) -> str:
+def name_of(view: View, picture: Picture) -> str:
     if picture.brain.shape[view.axis] == 1:
         return f"{view.frame * picture.tr:.1f} s"
     return f"{_PLANES[view.axis]} {view.slice + 1}"

@@ -68,11 +68,11 @@ def test_any_grid_makes_a_picture(grid: tuple[int, int, int]) -> None:
 def test_views_show_hidden_voxels_and_the_slice_that_there_is() -> None:
     for grid in ((40, 20, 1), (1, 8, 9), (6, 10, 10)):
         p = picture(grid)
-        for view in pictures._views(p):
+        for view in pictures.views_of(p):
             assert view.cut(p.hidden).any()
-    assert {v.axis for v in pictures._views(picture((1, 8, 9)))} == {0}
-    assert {v.frame for v in pictures._views(picture((40, 20, 1)))} == {2, 3}
-    assert len({v.slice for v in pictures._views(picture((6, 10, 10)))}) == 4
+    assert {v.axis for v in pictures.views_of(picture((1, 8, 9)))} == {0}
+    assert {v.frame for v in pictures.views_of(picture((40, 20, 1)))} == {2, 3}
+    assert len({v.slice for v in pictures.views_of(picture((6, 10, 10)))}) == 4
 
 
 def test_slices_are_not_mirrored() -> None:
