@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fmrizoo.report.ahead import MEAN, MODEL, PERSISTENCE, Ahead, errors_ahead
-from fmrizoo.report.figures import BLUE, MUTED, RULE, VERMILLION, WIDTH, Image, png, style, svg
+from fmrizoo.report.analysis import color_of
+from fmrizoo.report.families import Family
+from fmrizoo.report.figures import (
+    BLUE,
+    INK,
+    MUTED,
+    RULE,
+    VERMILLION,
+    WIDTH,
+    Image,
+    png,
+    style,
+    svg,
+)
+from fmrizoo.report.multiples import WIDE, direct_labels
 from fmrizoo.report.pictures import View, across, bare, box_of
 from fmrizoo.report.reconstruction import Picture
 
@@ -98,6 +113,79 @@ def horizon(ahead: Ahead) -> Image:
         )
         said = ", ".join(f"{name} {float(e.mean()):.3f}" for name, e in errors.items())
         return svg(figure, f"Mean absolute error by seconds ahead; means: {said}")
+
+
+def together(found: Sequence[Family]) -> list[tuple[Image, str]]:
+    """One figure of errors by horizon per clip that several families forecast, with its caption.
+
+    A clip that only one family forecast has its figure in that family's section alone.
+    """
+    clips: list[list[tuple[Family, Ahead]]] = []
+    for family in found:
+        run = family.shows(lambda r: r.ahead is not None)
+        if run is None or run.ahead is None:
+            continue
+        for clip in clips:
+            if _equal(clip[0][1], run.ahead):
+                clip.append((family, run.ahead))
+                break
+        else:
+            clips.append([(family, run.ahead)])
+    return [(_together(clip), _said(clip[0][1])) for clip in clips if len(clip) > 1]
+
+
+def _equal(a: Ahead, b: Ahead) -> bool:
+    """The same recording: guesses without a model are then the same too."""
+    arrays = ((a.context, b.context), (a.truth, b.truth), (a.brain, b.brain))
+    return a.tr == b.tr and all(np.array_equal(one, two) for one, two in arrays)
+
+
+def _together(clip: Sequence[tuple[Family, Ahead]]) -> Image:
+    from matplotlib.figure import Figure
+
+    backbones = [f.backbone for f, _ in clip]
+    several = len(set(backbones)) < len(clip)
+    first = clip[0][1]
+    lines: list[tuple[str, NDArray[np.float64], dict[str, Any]]] = []
+    for family, one in clip:
+        name = family.label.rsplit("/", 1)[-1] if several else family.backbone
+        look: dict[str, Any] = {
+            "color": color_of(family.backbone, backbones),
+            "lw": 1.9,
+            "marker": "o",
+        }
+        lines.append((name, errors_ahead(one)[MODEL], look))
+    rivals = errors_ahead(first)
+    lines.append((PERSISTENCE, rivals[PERSISTENCE], {"color": INK, "lw": 1.3, "ls": (0, (4, 3))}))
+    look = {"color": MUTED, "lw": 1.3, "ls": (0, (1, 1.5))}
+    lines.append(("mean over the clip", rivals[MEAN], look))
+    height = max(2.5, 0.17 * len(lines) + 0.6)
+    with style():
+        figure = Figure(figsize=(WIDE, height + 0.65))
+        panel = (0.6 / WIDE, 0.5 / (height + 0.65), (WIDE - 2.5) / WIDE, height / (height + 0.65))
+        axes = figure.add_axes(panel)
+        size = 4 if len(first.seconds) <= 20 else 0
+        for _, values, look in lines:
+            axes.plot(first.seconds, values, ms=size, **look)
+        axes.set_xlim(0, first.seconds[-1] + 0.3 * first.tr)
+        every = [v for _, values, _ in lines for v in values.tolist()]
+        axes.set_ylim(0.9 * min(every), 1.04 * max(every))
+        axes.set_xlabel("seconds ahead")
+        axes.set_ylabel("mean absolute error")
+        axes.grid(axis="y", color=RULE, lw=0.6)
+        axes.set_axisbelow(True)
+        ends = [(float(v[-1]), name, str(look["color"])) for name, v, look in lines]
+        direct_labels(axes, ends, height)
+        said = ", ".join(f"{name} {float(values.mean()):.3f}" for name, values, _ in lines)
+        return svg(figure, f"Mean absolute error by seconds ahead; means: {said}")
+
+
+def _said(one: Ahead) -> str:
+    return (
+        f"One clip of {one.run}, the same for all: mean absolute error over its brain voxels, "
+        "frame by frame; the vertical axis does not begin at 0. Persistence is the clip's last "
+        "frame again; “mean over the clip” is each voxel's own."
+    )
 
 
 def as_picture(ahead: Ahead) -> Picture:

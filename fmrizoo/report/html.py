@@ -14,11 +14,13 @@ from fmrizoo import __version__
 from fmrizoo.evaluate import metrics
 from fmrizoo.evaluate.summary import Row
 from fmrizoo.files import write_atomic
-from fmrizoo.report import analysis, figures, sections, shown
+from fmrizoo.report import analysis, figures, forecasts, sections, shown
 from fmrizoo.report.analysis import MemoryFigure
 from fmrizoo.report.collect import Evidence, collect
+from fmrizoo.report.families import families
 from fmrizoo.report.figures import Image
 from fmrizoo.report.shown import Shown
+from fmrizoo.report.sidebyside import SideBySide, side_by_side
 from fmrizoo.report.words import (
     CHANCE,
     LABELS,
@@ -32,6 +34,8 @@ from fmrizoo.report.words import (
 )
 
 log = logging.getLogger(__name__)
+
+MOST_OPEN = 2  # pictures shown without a click
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,10 @@ class Page:
     date: str
     version: str
     tasks: tuple[dict[str, Any], ...]
+    pairs: SideBySide | None
     pictures: tuple[Shown, ...]
     forecasts: tuple[Shown, ...]
+    horizons: tuple[tuple[Image, str], ...]
     dynamics: Image | None
     memory: tuple[MemoryFigure, ...]
     curves: tuple[tuple[str, Image], ...]
@@ -89,6 +95,11 @@ class Page:
     environment: tuple[tuple[str, str], ...]
     citations: tuple[str, ...]
     missing: tuple[str, ...]
+
+    @property
+    def folded(self) -> bool:
+        """Details are closed at first: there are more than two pictures of a kind."""
+        return max(len(self.pictures), len(self.forecasts)) > MOST_OPEN
 
 
 def write_report(
@@ -115,18 +126,21 @@ def write_report(
     """
     evidence = collect(folders)
     tasks = task_reports(evidence)
-    runs = evidence.pretrainings
-    filled = tuple(part for run in runs if (part := shown.filled_in(run)))
+    found = families(evidence.pretrainings)
+    filled = shown.each_first(found, shown.filled_in)
+    pairs = side_by_side(found)
     page = Page(
         title=title,
         date=datetime.now(UTC).strftime("%-d %B %Y"),
         version=__version__,
         tasks=tuple(_task(t) for t in tasks),
+        pairs=pairs,
         pictures=filled,
-        forecasts=tuple(part for run in runs if (part := shown.forecast(run))),
+        forecasts=shown.each_first(found, shown.forecast),
+        horizons=tuple(forecasts.together(found)),
         dynamics=analysis.dynamics(evidence),
         memory=tuple(analysis.memory(evidence)),
-        curves=tuple(sections.curves(evidence)),
+        curves=tuple(sections.curves(evidence, pretraining=not (pairs and pairs.losses))),
         data=tuple(sections.data(evidence)),
         methods=tuple(sections.methods(evidence, tasks)),
         environment=tuple(sections.environment(evidence)),

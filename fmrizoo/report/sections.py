@@ -7,12 +7,18 @@ from typing import Any
 
 from fmrizoo.report import figures
 from fmrizoo.report.collect import Evidence, Run
+from fmrizoo.report.families import families
 from fmrizoo.report.figures import Curve, Image
 from fmrizoo.report.words import TaskReport, grouped
 
 
-def curves(evidence: Evidence) -> list[tuple[str, Image]]:
-    """Loss figures with their headings."""
+def curves(evidence: Evidence, *, pretraining: bool = True) -> list[tuple[str, Image]]:
+    """Loss figures with their headings.
+
+    Args:
+        evidence: All runs.
+        pretraining: Draw pretraining runs too; not if another section does.
+    """
     found = []
     pre = [Curve(r.label, (_xy(r, _loss),)) for r in evidence.pretrainings if _xy(r, _loss)[0]]
     held = [
@@ -20,7 +26,7 @@ def curves(evidence: Evidence) -> list[tuple[str, Image]]:
         for r in evidence.pretrainings
         if _xy(r, _held_out)[0]
     ]
-    if pre:
+    if pre and pretraining:
         image = figures.losses([*pre, *held], "pretraining loss", "Pretraining loss by step")
         found.append(("Pretraining", image))
     tuned: dict[str, list[Run]] = {}
@@ -106,11 +112,13 @@ def _plain(value: Any) -> str:
 def methods(evidence: Evidence, tasks: Sequence[TaskReport]) -> list[str]:
     """Paragraphs for a methods section."""
     said = []
-    for run in evidence.pretrainings:
+    for family in families(evidence.pretrainings):
+        run = family.first
+        times = f" ({len(family.runs)} times: {', '.join(family.parts)})" if family.runs[1:] else ""
         r, train = run.recipe, run.recipe.get("train") or {}
         size = run.model.get("parameters")
         said.append(
-            f"Pretraining {run.label}: backbone {_name(r.get('backbone'))}, objective "
+            f"Pretraining {family.label}{times}: backbone {_name(r.get('backbone'))}, objective "
             f"{_name(r.get('objective'))}"
             + (f", {grouped(size)} parameters" if size else "")
             + f"; {train.get('steps', '?')} steps of {train.get('batch_size', '?')} clips with "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from fmrizoo.report import forecasts, pictures
 from fmrizoo.report.ahead import errors_ahead, verdict
 from fmrizoo.report.collect import Run
+from fmrizoo.report.families import Family
 from fmrizoo.report.figures import Image
 from fmrizoo.report.reconstruction import Picture, fill_errors
 from fmrizoo.report.words import number
@@ -25,6 +27,7 @@ class Shown:
         table: Heading of the error table.
         errors: Guess, its error, whether it is the smallest.
         says: The sentence that a terminal shows.
+        others: Runs of the same recipe that are not shown, in words; empty if there are none.
     """
 
     title: str
@@ -34,6 +37,27 @@ class Shown:
     table: str
     errors: tuple[tuple[str, str, bool], ...]
     says: str
+    others: str = ""
+
+
+def each_first(found: Sequence[Family], make: Callable[[Run], Shown | None]) -> tuple[Shown, ...]:
+    """One section for each family, of its first run that has one; it names the other runs."""
+    parts = []
+    for family in found:
+        for run in family.runs:
+            if part := make(run):
+                parts.append(replace(part, others=_others(family, run)))
+                break
+    return tuple(parts)
+
+
+def _others(family: Family, run: Run) -> str:
+    names = [n for n, r in zip(family.parts, family.runs, strict=True) if r is not run]
+    if not names:
+        return ""
+    counted = "One other run" if len(names) == 1 else f"{len(names)} other runs"
+    verb = "is" if len(names) == 1 else "are"
+    return f"{counted} of this recipe ({', '.join(names)}) {verb} not shown here."
 
 
 def filled_in(run: Run) -> Shown | None:
