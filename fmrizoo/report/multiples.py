@@ -178,7 +178,7 @@ def _row_name(figure: Any, row: dict[bool, _Cell], y: float) -> None:
     cell = next(iter(row.values()))
     figure.text(0.004, y, cell.family.backbone, weight="bold", fontsize=9, va="bottom")
     note = cell.family.selection.replace("acquisition ", "")
-    where = pictures.name_of(cell.view, cell.picture)
+    where = " / ".join(dict.fromkeys(pictures.name_of(c.view, c.picture) for c in row.values()))
     figure.text(0.004, y, f"{note}\n{where}" if note else where, color=MUTED, fontsize=8, va="top")
 
 
@@ -214,6 +214,7 @@ def losses(groups: Sequence[Sequence[Family]], named: Sequence[str]) -> Image | 
     ]
     if not drawn:
         return None
+    drawn.sort(key=lambda part: len(part[0]) == 1)  # what compares stands side by side
     backbones = list(dict.fromkeys(f.backbone for g in groups for f in g))
     lines = -(-len(drawn) // LINES)
     height = lines * (ABOVE + PANEL + BELOW)
@@ -264,12 +265,12 @@ def _panel(axes: Any, group: Sequence[Family], backbones: Sequence[str]) -> None
         values += held
         end = held[-1:] or [v[-1] for r in family.runs if (v := points(r, "loss")[1])][:1]
         name = family.label.rsplit("/", 1)[-1] if several else family.backbone
-        ends += [(v, f"{name} {v:.3g}", color) for v in end]
+        ends += [(v, f"{name} {v:#.3g}", color) for v in end]
     again = [v for f in group for r in f.runs for v in points(r, "persistence", held=True)[1][-1:]]
     if again:
         level = float(np.mean(again))
         axes.axhline(level, color=INK, lw=1.1, ls=(0, (4, 3)), zorder=1)
-        ends.append((level, f"persistence {level:.3g}", INK))
+        ends.append((level, f"persistence {level:#.3g}", INK))
         values.append(level)
     if min(values) > 0 and max(values) > 8 * min(values):
         axes.set_yscale("log")

@@ -81,7 +81,7 @@ def side_by_side(found: Sequence[Family]) -> SideBySide | None:
         slices=drawn.image if drawn else None,
         slices_caption=drawn.caption if drawn else "",
         losses=multiples.losses(groups, named),
-        notes=tuple(_gaps(found)),
+        notes=(*_rivals(groups), *_gaps(found)),
     )
 
 
@@ -231,6 +231,33 @@ def _caution(found: Sequence[Family]) -> str:
         why = f"These are short runs ({span} steps){on}: they rank nothing. "
         return why + "Longer training, another seed or other people may turn the order round."
     return f"This is an order of these runs{on}, not of backbones: another seed may turn it round."
+
+
+def _rivals(groups: Sequence[Sequence[Family]]) -> list[str]:
+    """Where the column of what to beat needs a word more."""
+    said = []
+    for group in groups:
+        clips = [b for f in group if (b := beat_of(f)) and b.clip]
+        if len({_digits(b.rival) for b in clips}) > 1:
+            said.append(
+                f"{group[0].objective}: what was hidden from the pictured clip differs from run to "
+                "run, and with it the best filler: it is hard put where a voxel was never shown."
+            )
+        behind: dict[str, list[str]] = {}
+        for family in group:
+            run, beat = family.shows(lambda r: r.picture is not None), beat_of(family)
+            if run is None or run.picture is None or beat is None or beat.clip:
+                continue
+            errors = fill_errors(run.picture)
+            best = min(errors, key=lambda n: errors[n])
+            if best not in (MODEL, beat.name):
+                behind.setdefault(best, []).append(family.backbone)
+        for name, who in behind.items():
+            said.append(
+                f"{group[0].objective}: persistence is not the strongest guess. On the pictured "
+                f"clip {name} is nearer (mean absolute error) than {' and '.join(who)}."
+            )
+    return said
 
 
 def _gaps(found: Sequence[Family]) -> list[str]:
