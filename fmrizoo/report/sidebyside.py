@@ -241,7 +241,7 @@ def _rivals(groups: Sequence[Sequence[Family]]) -> list[str]:
         if len({_digits(b.rival) for b in clips}) > 1:
             said.append(
                 f"{group[0].objective}: what was hidden from the pictured clip differs from run to "
-                "run, and with it the best filler: it is hard put where a voxel was never shown."
+                "run, and with it the best filler: fillers do badly where a voxel was never shown."
             )
         behind: dict[str, list[str]] = {}
         for family in group:
