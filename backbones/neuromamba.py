@@ -31,7 +31,16 @@ from fmrizoo.layers.kept import keep_patches
 from fmrizoo.layers.patches import background_value
 from fmrizoo.layers.ragged import Pack, give_back
 from fmrizoo.registry import register_backbone, suggest
-from fmrizoo.types import Backbone, Batch, Features, Grid, Tokens, Voxels, check_checkpointing
+from fmrizoo.types import (
+    Backbone,
+    Batch,
+    Features,
+    Grid,
+    Tokens,
+    Voxels,
+    check_checkpointing,
+    chosen_stages,
+)
 
 log = logging.getLogger(__name__)
 
@@ -320,11 +329,7 @@ class NeuroMamba(Backbone):
         self, bold: Tensor, mask: Tensor | None = None, indices: Sequence[int] | None = None
     ) -> list[Features]:
         """Features after the blocks in ``indices`` (all by default); the last one's are normed."""
-        count = len(self.blocks)
-        wanted = list(range(count)) if indices is None else list(indices)
-        if bad := [i for i in wanted if not -count <= i < count]:
-            raise RecipeError(f"blocks {bad} do not exist: the backbone has {count}")
-        wanted = [i % count for i in wanted]
+        wanted = chosen_stages(indices, len(self.blocks))
         kept = self._run(self.tokenize(bold, mask), set(wanted))
         return [kept[i] for i in wanted]
 

@@ -472,6 +472,18 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
+def chosen_stages(indices: Sequence[int] | None, count: int) -> list[int]:
+    """``indices`` (None: all; negative from the end) as stage numbers.
+
+    Raises:
+        RecipeError: there is no such stage.
+    """
+    wanted = list(range(count)) if indices is None else list(indices)
+    if bad := [i for i in wanted if not -count <= i < count]:
+        raise RecipeError(f"stages {bad} do not exist: the backbone has {count}")
+    return [i % count for i in wanted]
+
+
 def check_checkpointing(mode: str) -> str:
     """``mode``, or :class:`RecipeError` if it is none of ``CHECKPOINTING``."""
     if mode not in CHECKPOINTING:

@@ -20,7 +20,7 @@ from fmrizoo.layers.mlp import MLP
 from fmrizoo.layers.patches import Brain, PatchEmbed, background_value, pad_to, patch_share
 from fmrizoo.layers.plan import neighbours
 from fmrizoo.layers.rope import rotate_queries_and_keys
-from fmrizoo.types import Backbone, Features, Grid, Tokens, check_checkpointing
+from fmrizoo.types import Backbone, Features, Grid, Tokens, check_checkpointing, chosen_stages
 
 # Of the widest activation (in the MLP) of the rows that are worked on at a time: what a CPU's cache
 # holds, and elsewhere what keeps a device busy.
@@ -340,11 +340,7 @@ class SwinEncoder(Backbone):
         self, bold: Tensor, mask: Tensor | None = None, indices: Sequence[int] | None = None
     ) -> list[Features]:
         """Features at the end of the stages in ``indices`` (all by default), before each merge."""
-        stages = len(self.grids)
-        wanted = list(range(stages)) if indices is None else list(indices)
-        if bad := [i for i in wanted if not -stages <= i < stages]:
-            raise RecipeError(f"stages {bad} do not exist: the backbone has {stages}")
-        wanted = [i % stages for i in wanted]
+        wanted = chosen_stages(indices, len(self.grids))
         kept = self._run(self.tokenize(bold, mask), set(wanted), causal=False)
         return [kept[i] for i in wanted]
 
