@@ -273,5 +273,8 @@ def _lines(tasks: Sequence[TaskReport], filled: Sequence[Shown], evidence: Evide
         lines.append(f"{counted} on {max(r.n_units for r in first.rows)} test units{chance}")
     else:
         lines.append(f"{len(evidence.pretrainings)} pretraining runs")
-    lines.append(filled[0].says if filled else "no picture of a reconstruction")
+    if len(filled) > 1:
+        lines.append(f"{len(filled)} pretrained models in pictures, side by side")
+    else:
+        lines.append(filled[0].says if filled else "no picture of a reconstruction")
     return lines
