@@ -38,6 +38,7 @@ types: install
 
 bench: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/backbones/test_mamba2.py -k transformers
 	$(BIN)/python benchmarks/swin4d.py
 	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/store.py
