@@ -108,20 +108,57 @@ class TaskConfig:
     """What a head learns to predict."""
 
     target: str = "trial_type"  # column of events.tsv or participants.tsv
+    kind: str = "classification"  # classification | regression | ordinal (classes in an order)
+    targets: dict[str, str] = field(
+        default_factory=dict
+    )  # several columns at once, {sex: classification, age: regression}; replaces target and kind
     source: str = "events"  # events: one clip per event; participants: all clips of a subject
-    kind: str = "classification"  # classification | regression
+    levels: list[str] = field(
+        default_factory=list
+    )  # ordinal: names from low to high; empty: the labels are numbers
+    class_weights: str = "none"  # none | balanced: rare classes count as much as frequent ones
+    label_smoothing: float = 0.0  # classification: share of the target spread over all classes
     lag: float = 5.0  # seconds after an event's onset at which its clip starts (haemodynamic delay)
     level: str = "event"  # predictions are averaged over the clips of one: event | run | subject
 
     def __post_init__(self) -> None:
         _one_of("task.source", self.source, ("events", "participants"))
-        _one_of("task.kind", self.kind, ("classification", "regression"))
+        _one_of("task.class_weights", self.class_weights, ("none", "balanced"))
+        for name, kind in self.wanted().items():
+            key = "task.kind" if name not in self.targets else f"task.targets.{name}"
+            _one_of(key, kind, ("classification", "regression", "ordinal"))
+        kinds = list(self.wanted().values())
+        _require(
+            0 <= self.label_smoothing < 1,
+            f"task.label_smoothing is a share in [0, 1), got {self.label_smoothing}",
+        )
+        _require(
+            not self.label_smoothing or "classification" in kinds,
+            f"task.label_smoothing={self.label_smoothing} is for classification, not {kinds[0]}",
+        )
+        _require(
+            self.class_weights == "none" or set(kinds) != {"regression"},
+            f"task.class_weights={self.class_weights} needs a target with classes",
+        )
+        _require(
+            not self.levels or kinds.count("ordinal") == 1,
+            f"task.levels={list(self.levels)} needs one target of kind ordinal",
+        )
         _one_of("task.level", self.level, ("event", "run", "subject"))
         _require(math.isfinite(self.lag), f"task.lag is a number of seconds, got {self.lag}")
         _require(
             not (self.source == "participants" and self.level == "event"),
             "task.level=event needs task.source=events; use level=subject for participants.tsv",
         )
+        _require(
+            len(self.targets) < 2 or self.source == "participants" or self.level == "event",
+            f"task.level={self.level} with several targets from events is ambiguous: use "
+            "task.level=event",
+        )
+
+    def wanted(self) -> dict[str, str]:
+        """Kind of each target by its name, in the order of a head's outputs."""
+        return dict(self.targets) or {self.target: self.kind}
 
 
 @dataclass
@@ -169,6 +206,10 @@ class TrainConfig:
     log_every: int = 1  # steps between two lines of metrics.jsonl
     save_every: int = 0  # steps between two checkpoints; 0: at the end only
     validate_every: int = 0  # steps between two validations; 0: at the end only
+    monitor: str = "loss"  # validation metric that says which weights are the best
+    patience: int = 0  # validations without a better one before training stops; 0: never
+    keep_best: bool = False  # export the weights of the best validation, not the last ones
+    cache_features: bool = False  # frozen encoder: run it once per clip, then train the head alone
     keep: int = 2  # checkpoints kept
     device: str = "auto"  # auto | cpu | cuda | xpu
 
@@ -192,12 +233,18 @@ class TrainConfig:
         for key in ("warmup", "min_lr_ratio"):
             value = getattr(self, key)
             _require(0 <= value <= 1, f"train.{key} is a share in [0, 1], got {value}")
-        for key in ("weight_decay", "clip_norm", "save_every", "validate_every"):
+        for key in ("weight_decay", "clip_norm", "save_every", "validate_every", "patience"):
             value = getattr(self, key)
             _require(value >= 0, f"train.{key} must be ≥ 0, got {value}")
         for key in ("lr", "eps"):
             value = getattr(self, key)
             _require(value > 0, f"train.{key} must be > 0, got {value}")
+        for key in ("patience", "keep_best"):
+            _require(
+                not getattr(self, key) or self.validate_every > 0,
+                f"train.{key}={getattr(self, key)} needs validations on the way: set "
+                "train.validate_every",
+            )
         _require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             f"train.betas needs two numbers in [0, 1), got {list(self.betas)}",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fmrizoo.errors import RecipeError
-from fmrizoo.types import Backbone, Batch, Features, Head, Objective, Reconstruction
+from fmrizoo.types import Backbone, Batch, Features, Head, Objective, ReadBatch, Reconstruction
 
 
 class PretrainingModel(nn.Module):
@@ -41,27 +41,40 @@ class DownstreamModel(nn.Module):
         head.attach(backbone)
 
     def train(self, mode: bool = True) -> DownstreamModel:
-        """Frozen means frozen: an encoder that does not train stays in ``eval()``."""
+        """Frozen means frozen: what does not train of the encoder stays in ``eval()``."""
         super().train(mode)
-        if not self.head.encoder_trains():
-            self.backbone.eval()
+        self.backbone.eval()
+        for module in self.head.trained_modules(self.backbone):
+            module.train(mode)
         return self
 
-    def encode(self, batch: Batch) -> Features:
-        """The head's view of the encoder; no graph is built through a frozen one."""
+    def lr_scales(self) -> dict[str, float]:
+        """Factor on the learning rate by parameter name; 1 where not named."""
+        scales = self.head.lr_scales(self.backbone)
+        return {f"backbone.{name}": scale for name, scale in scales.items()}
+
+    def encode(self, batch: Batch) -> list[Features]:
+        """The stages that the head reads; no graph is built through a frozen encoder."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.head.encoder_trains()):
-            features: Features = self.backbone.encode(self.backbone.read(batch))
-        return features
+            return self.backbone.encode_stages(
+                self.backbone.read(batch), self.head.stages, prompts=self.head.prompts()
+            )
 
-    def predict(self, batch: Batch) -> Tensor:
-        """``(b, outputs)``: logits, or the target in its own unit for regression."""
-        outputs: Tensor = self.head(self.encode(batch))
-        task = self.head.task
-        return outputs * task.std + task.mean if task.kind == "regression" else outputs
+    def read(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the head needs of the encoder, ``(b, …)`` each: may be kept if that is frozen."""
+        return self.head.read(self.encode(batch))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def outputs(self, batch: Batch | ReadBatch) -> Tensor:
+        """``(b, o)``: logits and scaled values of all targets side by side."""
+        return self.head.answer(batch.read if isinstance(batch, ReadBatch) else self.read(batch))
+
+    def predict(self, batch: Batch | ReadBatch) -> Tensor:
+        """``(b, Σ scores)``, see :meth:`fmrizoo.types.Head.scores`."""
+        return self.head.scores(self.outputs(batch))
+
+    def forward(self, batch: Batch | ReadBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Scalar loss and detached scalars for the log."""
         if batch.target is None:
             raise RecipeError("fine-tuning needs batches with targets")
-        loss = self.head.loss(self.head(self.encode(batch)), batch.target)
+        loss = self.head.loss(self.outputs(batch), batch.target)
         return loss, {"loss": loss.detach()}

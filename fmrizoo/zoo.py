@@ -100,6 +100,7 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
     if composed.backbone is not None:
         _check_pair(composed)
         _check_clip(composed)
+        _check_head(composed)
     return composed
 
 
@@ -112,6 +113,35 @@ def _check_pair(recipe: Recipe) -> None:
         raise RecipeError(
             f"objective {recipe.objective.name!r} needs a backbone that is "
             f"{', '.join(sorted(missing))}; {recipe.backbone.name!r} as configured is not"
+        )
+
+
+def _check_head(recipe: Recipe) -> None:
+    """A head may ask only for what the backbone declares, and for targets of its kinds."""
+    if recipe.head is None:
+        return
+    entry, config = HEADS[recipe.head.name], recipe.backbone
+    if missing := entry.factory.needs - BACKBONES[config.name].factory.supports(config):
+        raise RecipeError(
+            f"head {entry.name!r} needs a backbone that takes {', '.join(sorted(missing))}; "
+            f"{config.name!r} as configured does not"
+        )
+    for name, kind in recipe.task.wanted().items():
+        _check_kind(entry.name, kind, name)
+    frames, size = recipe.data.clip_frames, getattr(config, "img_size", None)
+    if getattr(recipe.head, "pool", "") == "frame" and size is not None and frames != size[3]:
+        raise RecipeError(
+            f"head.pool=frame is built for backbone.img_size[3]={size[3]} frames, but "
+            f"data.clip_frames={frames}: make them equal"
+        )
+
+
+def _check_kind(head: str, kind: str, target: str) -> None:
+    known = HEADS[head].factory.kinds
+    if kind not in known:
+        raise RecipeError(
+            f"head {head!r} cannot learn {target!r}, a target of kind {kind}: it does "
+            f"{', '.join(sorted(known))}"
         )
 
 
@@ -151,7 +181,7 @@ def build(
     backbone: str | dict[str, Any] | None = None,
     objective: str | dict[str, Any] | None = None,
     head: str | dict[str, Any] | None = None,
-    task: TaskSpec | None = None,
+    task: TaskSpec | Sequence[TaskSpec] | None = None,
 ) -> PretrainingModel | DownstreamModel | Backbone:
     """Build a model with fresh weights.
 
@@ -159,7 +189,7 @@ def build(
         recipe: Shipped name, file, dict or :class:`Recipe`; or give the parts by keyword.
         overrides: ``key=value`` strings.
         backbone, objective, head: Name, or dict with a ``name``; instead of ``recipe``.
-        task: What the head predicts; needed with a head.
+        task: What the head predicts, one target or several; needed with a head.
 
     Returns:
         Backbone + objective, backbone + head, or the bare backbone if the recipe has neither.
@@ -178,7 +208,7 @@ def build(
 
 
 def build_model(
-    recipe: Recipe, task: TaskSpec | None = None
+    recipe: Recipe, task: TaskSpec | Sequence[TaskSpec] | None = None
 ) -> PretrainingModel | DownstreamModel | Backbone:
     """The model of a composed recipe (see :func:`build`)."""
     if recipe.backbone is None:
@@ -188,13 +218,23 @@ def build_model(
         _check_pair(recipe)
         return PretrainingModel(encoder, OBJECTIVES.build(recipe.objective, backbone=encoder))
     if recipe.head is not None:
-        if task is None:
+        if not task:
             raise RecipeError(
                 "a head needs to know its task: build(..., task=TaskSpec('classification', "
                 "classes=('a', 'b')))"
             )
-        return DownstreamModel(encoder, HEADS.build(recipe.head, backbone=encoder, task=task))
+        return build_downstream(encoder, recipe, task)
     return encoder
+
+
+def build_downstream(
+    encoder: Backbone, recipe: Recipe, task: TaskSpec | Sequence[TaskSpec]
+) -> DownstreamModel:
+    """The recipe's head on ``encoder``, which it makes its own (freezes, wraps)."""
+    tasks = (task,) if isinstance(task, TaskSpec) else tuple(task)
+    for one in tasks:
+        _check_kind(recipe.head.name, one.kind, one.name)
+    return DownstreamModel(encoder, HEADS.build(recipe.head, backbone=encoder, tasks=tasks))
 
 
 def model_folder(path: str | Path) -> Path:
@@ -223,7 +263,7 @@ def load(path: str | Path) -> nn.Module:
 
     folder = model_folder(path)
     weights, info = read_model(folder)
-    model: nn.Module = build_model(load_recipe(info.recipe), info.task)
+    model: nn.Module = build_model(load_recipe(info.recipe), info.tasks)
     load_strictly(model, weights, str(folder))
     return model.eval()
 
@@ -266,9 +306,16 @@ def load_encoder(backbone: Backbone, path: str | Path) -> tuple[Contract | None,
 
     folder = model_folder(path)
     weights, info = read_model(folder)
-    prefix = "backbone."
-    encoder = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    if info.recipe.get("head"):
+        # The head may have put something of its own into the encoder: merge it, or take it out.
+        model = load(folder)
+        assert isinstance(model, DownstreamModel)
+        model.head.release(model.backbone)
+        encoder = model.backbone.state_dict()
+    else:
+        prefix = "backbone."
+        encoder = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not encoder:
-        raise CheckpointError(f"{folder} holds no encoder (no weight is named {prefix}*)")
+        raise CheckpointError(f"{folder} holds no encoder (no weight is named backbone.*)")
     load_strictly(backbone, encoder, str(folder))
     return info.contract, info.seen_runs

@@ -23,7 +23,7 @@ from fmrizoo.types import Contract, TaskSpec
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-SCHEMA = "fmrizoo.model/1"
+SCHEMA = "fmrizoo.model/2"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ModelInfo:
     Attributes:
         recipe: Plain containers of :func:`fmrizoo.config.to_dict`.
         contract: How the training data were preprocessed; data at use are compared with it.
-        task: What the head predicts (fine-tuned models).
+        tasks: What the head predicts (fine-tuned models).
         seen_runs: Names of all runs whose BOLD the weights were trained on, those of the encoder
             the run started from included: what a test set must not contain.
         step: Optimizer steps behind the weights.
@@ -44,7 +44,7 @@ class ModelInfo:
 
     recipe: dict[str, Any]
     contract: Contract | None = None
-    task: TaskSpec | None = None
+    tasks: tuple[TaskSpec, ...] = ()
     seen_runs: tuple[str, ...] = ()
     step: int = 0
     parameters: int = 0
@@ -56,7 +56,7 @@ class ModelInfo:
         """Plain JSON types."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["contract"] = self.contract.to_dict() if self.contract else None
-        values["task"] = asdict(self.task) if self.task else None
+        values["tasks"] = [asdict(task) for task in self.tasks]
         values["seen_runs"] = sorted(self.seen_runs)
         return values
 
@@ -73,16 +73,19 @@ class ModelInfo:
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
             raise CheckpointError(f"unknown fields {unknown}")
         try:
-            contract, task = values.pop("contract"), values.pop("task")
-            if task is not None:
-                task = TaskSpec(**{**task, "classes": tuple(task["classes"])})
+            contract, tasks = values.pop("contract"), values.pop("tasks")
             return cls(
                 **{**values, "seen_runs": tuple(values["seen_runs"])},
                 contract=Contract.from_dict(contract) if contract is not None else None,
-                task=task,
+                tasks=tuple(_task(task) for task in tasks),
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"a field is missing or malformed: {error}") from None
+
+
+def _task(values: dict[str, Any]) -> TaskSpec:
+    lists = {key: tuple(values[key]) for key in ("classes", "weights")}
+    return TaskSpec(**{**values, **lists})
 
 
 def save_model(folder: Path, model: nn.Module | Mapping[str, Tensor], info: ModelInfo) -> ModelInfo:

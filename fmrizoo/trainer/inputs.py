@@ -70,7 +70,7 @@ class TrainerInputs:
             rank (ZeRO 3 needs all of them); rank 0's answer counts. Cast clips to the dtype of the
             model's parameters. A metric named ``loss`` decides which validation is the best.
         on_step: Called on rank 0 after every step.
-        contract, task, seen_runs: Stored with the exported model.
+        contract, tasks, seen_runs: Stored with the exported model.
     """
 
     model: nn.Module
@@ -81,7 +81,7 @@ class TrainerInputs:
     validate: Callable[[nn.Module, torch.device], dict[str, float]] | None = None
     on_step: Callable[[StepEvent], None] | None = None
     contract: Contract | None = None
-    task: TaskSpec | None = None
+    tasks: tuple[TaskSpec, ...] = ()
     seen_runs: Sequence[str] = ()
 
 

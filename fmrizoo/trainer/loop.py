@@ -343,7 +343,7 @@ class _Run:
             info = ModelInfo(
                 recipe=to_dict(self.inputs.recipe),
                 contract=self.inputs.contract,
-                task=self.inputs.task,
+                tasks=self.inputs.tasks,
                 seen_runs=tuple(self.inputs.seen_runs),
                 step=self.step,
                 parameters=self.engine.parameters,

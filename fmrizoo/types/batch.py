@@ -1,0 +1,228 @@
+"""Clips on their way to a backbone.
+
+Shape letters: ``b`` samples, ``v`` brain voxels, ``x y z t`` voxels and frames.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fmrizoo.errors import DataError
+from fmrizoo.types.grid import Grid
+
+
+@dataclass
+class Voxels:
+    """In-brain voxels of several clips: the compact form of ``bold``.
+
+    Attributes:
+        values: ``(t, v)`` normalised BOLD, the samples one after the other along ``v``.
+        index: ``(v,)`` int64 row-major cell ``(x · Y + y) · Z + z`` of each voxel, rising within a
+            sample.
+        counts: Voxels of each sample; they add up to ``v``.
+        background: ``(b,)`` value of all other voxels.
+        grid: Voxels and frames of the dense clips.
+    """
+
+    values: Tensor
+    index: Tensor
+    counts: tuple[int, ...]
+    background: Tensor
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        v, b = sum(self.counts), len(self.counts)
+        if self.values.shape != (self.grid.t, v) or not self.values.is_floating_point():
+            raise DataError(
+                f"voxels must be floating point {(self.grid.t, v)}, got {self.values.dtype} "
+                f"{tuple(self.values.shape)}"
+            )
+        if self.index.shape != (v,) or self.background.shape != (b,):
+            raise DataError(
+                f"index must be {(v,)} and background {(b,)}, got {tuple(self.index.shape)} and "
+                f"{tuple(self.background.shape)}"
+            )
+
+    @classmethod
+    def of(cls, bold: Tensor, mask: Tensor, background: Tensor) -> Voxels:
+        """The voxels of ``bold (b, 1, x, y, z, t)`` in ``mask (b, x, y, z)``."""
+        grid = Grid(*bold.shape[2:])
+        inside = [cells.flatten().nonzero()[:, 0] for cells in mask]
+        frames = bold[:, 0].permute(0, 4, 1, 2, 3)
+        parts = [
+            clip.flatten(1).index_select(1, index)
+            for clip, index in zip(frames, inside, strict=True)
+        ]
+        counts = tuple(len(index) for index in inside)
+        return cls(torch.cat(parts, 1), torch.cat(inside), counts, background, grid)
+
+    def dense(self) -> Tensor:
+        """``(b, 1, x, y, z, t)`` over memory in the order b, t, x, y, z."""
+        space = math.prod(self.grid[:3])
+        out = self.values.new_empty(len(self.counts), self.grid.t, space)
+        out[:] = self.background.to(out.dtype).view(-1, 1, 1)
+        values = torch.split(self.values, list(self.counts), 1)
+        for clip, frames, index in zip(out, values, self.split(self.index), strict=True):
+            clip.index_copy_(1, index, frames)
+        return out.view(-1, self.grid.t, *self.grid[:3]).permute(0, 2, 3, 4, 1).unsqueeze(1)
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """``rows (v, …)`` cut into the samples."""
+        return torch.split(rows, list(self.counts))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Voxels:
+        """A copy on ``device``; ``dtype`` changes the values only."""
+        return replace(
+            self,
+            values=self.values.to(device, dtype or self.values.dtype, non_blocking=True),
+            index=self.index.to(device, non_blocking=True),
+            background=self.background.to(device, non_blocking=True),
+        )
+
+
+class _DenseOnDemand:
+    """The attribute ``bold``: set to a dense tensor or to :class:`Voxels`, read as a tensor."""
+
+    def __get__(self, batch: Batch | None, owner: type) -> Any:
+        if batch is None:
+            return self
+        kept = batch.__dict__
+        if "_bold" not in kept:
+            kept["_bold"] = kept["_voxels"].dense()
+        return kept["_bold"]
+
+    def __set__(self, batch: Batch, value: Tensor | Voxels) -> None:
+        batch.__dict__.pop("_bold", None)
+        batch.__dict__["_voxels" if isinstance(value, Voxels) else "_bold"] = value
+
+
+@dataclass
+class Batch:
+    """Clips of several runs, checked once at the door.
+
+    Attributes:
+        bold: ``(b, 1, x, y, z, t)`` floating point, normalised, background filled. Given as
+            :class:`Voxels` (:meth:`compact`), it is made dense when it is first read.
+        mask: ``(b, x, y, z)`` bool, True = brain.
+        tr: ``(b,)`` seconds between two frames of the clip.
+        subject, run: ``b`` names each.
+        start: ``(b,)`` first frame within the run.
+        target: ``(b,)`` class index or value; ``(b, k)`` floating point for k targets at once,
+            NaN = missing; or None.
+        seed: ``(b,)`` int64, one seed per sample for masks and augmentations: the same sample at
+            the same training step gets the same draw for any world size; None draws freely.
+    """
+
+    bold: Tensor
+    mask: Tensor
+    tr: Tensor
+    subject: list[str]
+    run: list[str]
+    start: Tensor
+    target: Tensor | None = None
+    seed: Tensor | None = None
+
+    @classmethod
+    def compact(
+        cls,
+        voxels: Voxels,
+        mask: Tensor,
+        tr: Tensor,
+        subject: list[str],
+        run: list[str],
+        start: Tensor,
+        target: Tensor | None = None,
+        seed: Tensor | None = None,
+    ) -> Batch:
+        """A batch of in-brain voxels; a backbone that can do without never makes it dense."""
+        return cls(cast(Tensor, voxels), mask, tr, subject, run, start, target, seed)
+
+    def __post_init__(self) -> None:
+        shape, dtype = self._form()
+        b = shape[0] if shape else 0
+        if len(shape) != 6 or shape[1] != 1:
+            raise DataError(f"bold must be (b, 1, x, y, z, t), got {shape}")
+        if not dtype.is_floating_point:
+            raise DataError(f"bold must be floating point, got {dtype}")
+        if tuple(self.mask.shape) != (b, *shape[2:5]) or self.mask.dtype != torch.bool:
+            raise DataError(
+                f"mask must be bool (b, x, y, z) = {(b, *shape[2:5])}, "
+                f"got {self.mask.dtype} {tuple(self.mask.shape)}"
+            )
+        for name in ("tr", "start", "target", "seed"):
+            value = getattr(self, name)
+            if value is not None and value.shape[:1] != (b,):
+                raise DataError(f"{name} must have {b} rows, got shape {tuple(value.shape)}")
+        if len(self.subject) != b or len(self.run) != b:
+            raise DataError(f"subject and run need {b} names each")
+
+    def _form(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of ``bold``, without making it dense."""
+        if self.voxels is not None:
+            return (len(self.voxels.counts), 1, *self.voxels.grid), self.voxels.values.dtype
+        return tuple(self.bold.shape), self.bold.dtype
+
+    def __len__(self) -> int:
+        return len(self.subject)
+
+    @property
+    def voxels(self) -> Voxels | None:
+        """The compact form, if the batch came in it."""
+        found: Voxels | None = self.__dict__.get("_voxels")
+        return found
+
+    @property
+    def background(self) -> Tensor | None:
+        """``(b,)`` value outside the brain, where it is known."""
+        return None if self.voxels is None else self.voxels.background
+
+    @property
+    def grid(self) -> Grid:
+        """Voxels and frames of each clip."""
+        return Grid(*self._form()[0][2:])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """A copy on ``device``; ``dtype`` changes ``bold`` only."""
+
+        def move(v: Tensor | None) -> Tensor | None:
+            return None if v is None else v.to(device, non_blocking=True)
+
+        if self.voxels is not None:
+            bold = cast(Tensor, self.voxels.to(device, dtype))
+        else:
+            bold = self.bold.to(device, dtype or self.bold.dtype, non_blocking=True)
+        return replace(
+            self,
+            bold=bold,
+            mask=self.mask.to(device, non_blocking=True),
+            tr=self.tr.to(device, non_blocking=True),
+            start=self.start.to(device, non_blocking=True),
+            target=move(self.target),
+            seed=move(self.seed),
+        )
+
+
+Batch.bold = _DenseOnDemand()  # type: ignore[assignment]
+
+
+@dataclass
+class ReadBatch:
+    """Clips of which a frozen encoder's features are known already.
+
+    Attributes:
+        read: What ``Head.read`` returned for these clips, ``(b, …)`` each.
+        subject: ``b`` names.
+        target: As in :class:`Batch`.
+    """
+
+    read: tuple[Tensor, ...]
+    subject: list[str]
+    target: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.subject)
