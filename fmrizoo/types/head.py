@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -26,12 +26,14 @@ class Head(nn.Module):
     Attributes:
         needs: Properties that ``Backbone.supports`` must hold.
         kinds: Kinds of targets that it can learn.
+        variants: Settings that differ in what trains: one row each in tables of heads.
         tasks: Its targets; the outputs of all lie side by side, in this order.
         stages: Stages of the encoder that it reads (negative: from the end).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     kinds: ClassVar[frozenset[str]] = frozenset(KINDS)
+    variants: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     tasks: tuple[TaskSpec, ...]
     stages: tuple[int, ...] = (-1,)
 
