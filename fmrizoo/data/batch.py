@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmrizoo.data.clips import Label
+from fmrizoo.data.clips import Labels
 from fmrizoo.data.codec import Array
 from fmrizoo.data.normalize import voxel_affine
 from fmrizoo.data.reader import RunReader
@@ -68,30 +68,57 @@ def _decode_again(path: Path, run: str, mode: str) -> RunDecode:
     return RunDecode(path, _store_again(path).open(run), mode)
 
 
-@dataclass(frozen=True, eq=False)
-class CompactSample:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClipFacts:
+    """What is known of a clip without reading its voxels.
+
+    Attributes:
+        subject, run, start, tr: Where the clip is from; ``tr`` seconds between its frames.
+        unit: What its prediction counts for.
+        labels: Class name, level or value of each target as in the table; None = missing.
+        targets: Class index (int) or value (float, as exact as in the table) of each target, NaN =
+            missing; empty without tasks.
+    """
+
+    subject: str
+    run: str
+    start: int
+    tr: float
+    unit: str
+    labels: Labels = ()
+    targets: tuple[int | float, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CompactSample(ClipFacts):
     """One clip as stored.
 
     Attributes:
         rows: ``(frames, row)``: brain voxels first, then padding. Reused by the loader once the
             sample and all arrays and tensors made from it are gone.
         decode: How they become voxels.
-        subject, run, start, tr: Where the clip is from; ``tr`` seconds between its frames.
-        unit: What its prediction counts for.
-        label: Class name or value as in the table; ``target`` class index or value.
         seed: The sample's own random seed.
     """
 
     rows: Array
     decode: RunDecode
-    subject: str
-    run: str
-    start: int
-    tr: float
-    unit: str
-    label: Label | None
-    target: int | float | None
     seed: int
+
+
+def batch_target(clips: Sequence[ClipFacts], device: torch.device | str = "cpu") -> Tensor | None:
+    """``Batch.target`` of clips; None without tasks.
+
+    One target: ``(b,)`` int64 class indices, or float32 values. Several: ``(b, k)`` float32. NaN =
+    missing, which turns class indices into floats as well.
+    """
+    rows = [clip.targets for clip in clips]
+    if not rows or not rows[0]:
+        return None
+    if len(rows[0]) > 1:
+        return torch.tensor(rows, dtype=torch.float32, device=device)
+    values = [row[0] for row in rows]
+    whole = all(isinstance(value, int) for value in values)
+    return torch.tensor(values, dtype=torch.int64 if whole else torch.float32, device=device)
 
 
 class CompactBatch:
@@ -119,9 +146,9 @@ class CompactBatch:
         return [s.unit for s in self.samples]
 
     @property
-    def labels(self) -> list[Label | None]:
-        """Class names or values as in the table."""
-        return [s.label for s in self.samples]
+    def labels(self) -> list[Labels]:
+        """Class names, levels and values of each clip as in the table."""
+        return [s.labels for s in self.samples]
 
     def to_batch(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -147,16 +174,9 @@ class CompactBatch:
             subject=self.subject,
             run=self.run,
             start=torch.tensor([s.start for s in self.samples], device=device),
-            target=self._target(device),
+            target=batch_target(self.samples, device),
             seed=torch.tensor([s.seed for s in self.samples], dtype=torch.int64, device=device),
         )
-
-    def _target(self, device: torch.device) -> Tensor | None:
-        values = [s.target for s in self.samples if s.target is not None]
-        if len(values) != len(self.samples):
-            return None
-        whole = all(isinstance(v, int) for v in values)
-        return torch.tensor(values, dtype=torch.int64 if whole else torch.float32, device=device)
 
 
 def _decode(sample: CompactSample, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -175,10 +195,3 @@ def _decode(sample: CompactSample, device: torch.device, dtype: torch.dtype) -> 
 def collate(samples: Sequence[CompactSample]) -> CompactBatch:
     """For ``torch.utils.data.DataLoader(ClipDataset(...), collate_fn=collate)``."""
     return CompactBatch(samples)
-
-
-def label_target(label: Label | None, targets: dict[str, int] | None) -> int | float | None:
-    """Class index of a label, or the value itself (regression)."""
-    if label is None:
-        return None
-    return targets[str(label)] if targets is not None else float(label)

@@ -1,4 +1,4 @@
-"""Which clips exist: a table of (run, first frame[, label]), made from the index alone."""
+"""Which clips exist: a table of (run, first frame[, labels]), made from the index alone."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmrizoo.config import DataConfig, TaskConfig
+from fmrizoo.data.labels import Column, columns_of
 from fmrizoo.data.normalize import loaded_contract
-from fmrizoo.data.store import RunInfo, Store, common_contract
+from fmrizoo.data.store import RunInfo, Store, common_contract, records
 from fmrizoo.errors import DataError
 from fmrizoo.registry import suggest
-from fmrizoo.types import Contract, Grid
+from fmrizoo.types import Contract, Grid, Label
 
 if TYPE_CHECKING:
     import pandas
 
 log = logging.getLogger(__name__)
 
-Label = str | float
+Labels = tuple[Label | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +36,10 @@ class ClipTable:
         runs: The runs that ``run`` points into.
         run, start: ``(n,)`` run number and first frame of each clip.
         clip_frames, frame_stride: Frames in a clip, and run frames from one to the next.
-        labels: ``n`` class names or values; None without a task.
+        labels: For each clip one class name, level, value or None (missing) per target; None
+            without a task.
         units: ``n`` names of what predictions are averaged over; None: the run's name.
+        targets: Names of the targets, in the order of ``labels``.
     """
 
     store: Store
@@ -45,8 +48,9 @@ class ClipTable:
     start: NDArray[np.int32]
     clip_frames: int
     frame_stride: int
-    labels: tuple[Label, ...] | None = None
+    labels: tuple[Labels, ...] | None = None
     units: tuple[str, ...] | None = None
+    targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self) == 0:
@@ -79,9 +83,26 @@ class ClipTable:
         """Name of the event, run or subject that the clip counts for."""
         return self.units[clip] if self.units else self.runs[self.run[clip]].name
 
-    def classes(self) -> tuple[str, ...]:
-        """Distinct labels in sorted order (classification)."""
-        return tuple(sorted({str(label) for label in self.labels or ()}))
+    def classes(self, target: int = 0) -> tuple[str, ...]:
+        """Distinct labels of one target in alphabetical order (classification)."""
+        labels = (row[target] for row in self.labels or ())
+        return tuple(sorted({str(label) for label in labels if label is not None}))
+
+    def unit_labels(self) -> dict[str, Labels]:
+        """The labels of each unit, in order of first appearance.
+
+        Raises:
+            DataError: clips of one unit with different labels.
+        """
+        found: dict[str, Labels] = {}
+        for clip, labels in enumerate(self.labels or ()):
+            unit = self.unit(clip)
+            if found.setdefault(unit, labels) != labels:
+                raise DataError(
+                    f"clips of unit {unit!r} disagree on {', '.join(self.targets)}: "
+                    f"{list(found[unit])}, then {list(labels)}"
+                )
+        return found
 
     @classmethod
     def windows(cls, store: Store, runs: Sequence[RunInfo], config: DataConfig) -> ClipTable:
@@ -111,24 +132,27 @@ class ClipTable:
     ) -> ClipTable:
         """The clips that carry a label: one per event, or all windows of each labelled subject.
 
-        An event's clip starts at the frame nearest to ``onset + task.lag``. Units by
-        ``task.level``: ``event`` → ``<run>#event-03``; ``run`` → the run, or ``<run>#<label>``
-        where labels change within it; ``subject`` → ``sub-XX``, or ``sub-XX#<label>``.
+        With several targets a clip needs only one of them. An event's clip starts at the frame
+        nearest to ``onset + task.lag``. Units by ``task.level``: ``event`` →
+        ``<run>#event-03``; ``run`` → the run, or ``<run>#<label>`` where labels change within it;
+        ``subject`` → ``sub-XX``, or ``sub-XX#<label>``.
 
         Raises:
             DataError: no runs or labels, a missing column, a label that is no number
-                (regression), an event whose clip would leave its run.
+                (regression) or no level (ordinal), several rows of participants.tsv for a subject,
+                an event whose clip would leave its run.
         """
-        runs = _chosen(runs)
+        runs, columns = _chosen(runs), columns_of(task)
         rows = list(
-            _event_clips(runs, config, task)
+            _event_clips(runs, columns, config, task)
             if task.source == "events"
-            else _subject_clips(store, runs, config, task)
+            else _subject_clips(store, runs, columns, config, task)
         )
         if not rows:
             raise DataError(
-                f"no clip has a label {task.target!r} from {task.source} in {len(runs)} runs"
+                f"no clip has a label {_either(columns)} from {task.source} in {len(runs)} runs"
             )
+        _say_partial(rows, columns)
         return cls(
             store,
             runs,
@@ -136,8 +160,9 @@ class ClipTable:
             np.array([r.start for r in rows], np.int32),
             config.clip_frames,
             config.frame_stride,
-            tuple(r.label for r in rows),
+            tuple(r.labels for r in rows),
             tuple(r.unit for r in rows),
+            tuple(column.name for column in columns),
         )
 
 
@@ -145,7 +170,7 @@ class ClipTable:
 class _Row:
     run: int
     start: int
-    label: Label
+    labels: Labels
     unit: str
 
 
@@ -172,35 +197,61 @@ def _starts(run: RunInfo, config: DataConfig) -> NDArray[np.int64]:
     return np.arange(0, last + 1, step)
 
 
-def _event_clips(runs: Sequence[RunInfo], config: DataConfig, task: TaskConfig) -> Iterator[_Row]:
+def _either(columns: Sequence[Column]) -> str:
+    return " or ".join(repr(column.name) for column in columns)
+
+
+def _say_partial(rows: Sequence[_Row], columns: Sequence[Column]) -> None:
+    """Of several targets, say how many labels are missing."""
+    for k, column in enumerate(columns if len(columns) > 1 else ()):
+        if missing := sum(row.labels[k] is None for row in rows):
+            log.warning("%d of %d clips have no %s", missing, len(rows), column.name)
+
+
+def _event_clips(
+    runs: Sequence[RunInfo], columns: Sequence[Column], config: DataConfig, task: TaskConfig
+) -> Iterator[_Row]:
     rows, early, late, unlabelled = [], [], [], 0
+    _check_columns(runs, columns)
     for i, run in enumerate(runs):
-        columns = sorted({c for event in run.events for c in event})
-        if not run.events:
-            raise DataError(f"run {run.name} has no events, but task.source=events")
-        if task.target not in columns:
-            raise DataError(
-                f"events of run {run.name} have no column task.target={task.target!r}."
-                f"{suggest(task.target, columns)}"
-            )
         for k, event in enumerate(run.events, start=1):
-            if task.target not in event:
+            where = f"event {k} of run {run.name}"
+            labels = tuple(column.label(event, where) for column in columns)
+            if all(label is None for label in labels):
                 unlabelled += 1
                 continue
             # Half a frame rounds up; round() would go to the even frame.
             start = math.floor((event["onset"] + task.lag) / run.tr + 0.5)
-            label = _label(event[task.target], task, f"event {k} of run {run.name}")
-            unit = _event_unit(run, k, label, task)
+            unit = _event_unit(run, k, labels, task)
             if start < 0:
                 early.append(unit)
             elif start + clip_span(config) > run.n_frames:
                 late.append(unit)
-            rows.append(_Row(i, start, label, unit))
+            rows.append(_Row(i, start, labels, unit))
     if unlabelled:
-        log.warning("%d events have no %s and are left out", unlabelled, task.target)
+        log.warning("%d events have no %s and are left out", unlabelled, _either(columns))
     if early or late:
         raise DataError(_outside(early, late, len(rows), config, task))
     return iter(rows)
+
+
+def _check_columns(runs: Sequence[RunInfo], columns: Sequence[Column]) -> None:
+    """Every run has events; every column is known (an empty one of a single run is missing)."""
+    known: set[str] = set()
+    for run in runs:
+        if not run.events:
+            raise DataError(f"run {run.name} has no events, but task.source=events")
+        known.update(*run.events)
+    for column in columns:
+        if column.name not in known:
+            raise DataError(
+                f"events of {_counted(runs)} have no column {column.name!r} (or nothing in it)."
+                f"{suggest(column.name, sorted(known))}"
+            )
+
+
+def _counted(runs: Sequence[RunInfo]) -> str:
+    return f"run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
 
 
 def _outside(
@@ -217,58 +268,54 @@ def _outside(
     )
 
 
-def _event_unit(run: RunInfo, number: int, label: Label, task: TaskConfig) -> str:
+def _event_unit(run: RunInfo, number: int, labels: Labels, task: TaskConfig) -> str:
     if task.level == "event":
         return f"{run.name}#event-{number:02d}"
-    return f"{run.name if task.level == 'run' else f'sub-{run.subject}'}#{label}"
+    # One target only (TaskConfig): with several, a unit could lack some of its events' labels.
+    return f"{run.name if task.level == 'run' else f'sub-{run.subject}'}#{labels[0]}"
 
 
 def _subject_clips(
-    store: Store, runs: Sequence[RunInfo], config: DataConfig, task: TaskConfig
+    store: Store,
+    runs: Sequence[RunInfo],
+    columns: Sequence[Column],
+    config: DataConfig,
+    task: TaskConfig,
 ) -> Iterator[_Row]:
-    values = _participant_values(store, task)
-    without = sorted({run.subject for run in runs if run.subject not in values})
-    if without:
+    people = _participants(store, {run.subject for run in runs}, columns)
+    empty = (None,) * len(columns)
+    if without := sorted({r.subject for r in runs if people.get(r.subject, empty) == empty}):
         log.warning(
             "%d subjects have no %s in participants.tsv and are left out: %s",
             len(without),
-            task.target,
+            _either(columns),
             ", ".join(without),
         )
     for i, run in enumerate(runs):
-        if run.subject not in values:
+        if run.subject in without:
             continue
-        label = _label(values[run.subject], task, f"sub-{run.subject} in participants.tsv")
         unit = run.name if task.level == "run" else f"sub-{run.subject}"
         for start in _starts(run, config):
-            yield _Row(i, int(start), label, unit)
+            yield _Row(i, int(start), people[run.subject], unit)
 
 
-def _participant_values(store: Store, task: TaskConfig) -> dict[str, str]:
+def _participants(store: Store, subjects: set[str], columns: Sequence[Column]) -> dict[str, Labels]:
+    """Labels of those ``subjects`` that participants.tsv has a row of."""
     table: pandas.DataFrame | None = store.participants
     if table is None:
         raise DataError(f"{store.path} has no participants.tsv, but task.source=participants")
-    columns = list(table.columns)
-    for needed in ("participant_id", task.target):
-        if needed not in columns:
+    for needed in ("participant_id", *(column.name for column in columns)):
+        if needed not in table.columns:
             raise DataError(
                 f"participants.tsv of {store.path} has no column {needed!r}."
-                f"{suggest(needed, columns)}"
+                f"{suggest(needed, list(table.columns))}"
             )
-    known = table[["participant_id", task.target]].dropna()
-    pairs = known.itertuples(index=False, name=None)
-    return {str(who).removeprefix("sub-"): str(value) for who, value in pairs}
-
-
-def _label(value: str | float, task: TaskConfig, where: str) -> Label:
-    if task.kind == "classification":
-        return str(value)
-    try:
-        number = float(value)
-    except ValueError:
-        raise DataError(
-            f"{where}: {task.target}={value!r} is not a number, but task.kind=regression"
-        ) from None
-    if not math.isfinite(number):
-        raise DataError(f"{where}: {task.target} is {number}")
-    return number
+    found: dict[str, Labels] = {}
+    for row in records(table):
+        subject = row["participant_id"].strip().removeprefix("sub-")
+        where = f"sub-{subject} in participants.tsv of {store.path}"
+        if subject in found:
+            raise DataError(f"{where} has several rows: keep one row per subject")
+        if subject in subjects:
+            found[subject] = tuple(column.label(row, where) for column in columns)
+    return found

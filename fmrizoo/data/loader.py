@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,12 +21,14 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from fmrizoo.config import DataConfig
-from fmrizoo.data.batch import CompactBatch, CompactSample, RunDecode, label_target
+from fmrizoo.data.batch import ClipFacts, CompactBatch, CompactSample, RunDecode
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.codec import Array
 from fmrizoo.data.order import permuted, sample_seed
 from fmrizoo.data.reader import RunReader
+from fmrizoo.data.targets import check_targets, label_targets
 from fmrizoo.errors import DataError
+from fmrizoo.types import TaskSpec
 
 _AHEAD = 2  # micro-batches being read while one is used
 _EPOCH_SALT = 0x65706F6368  # evaluation seeds differ from training seeds
@@ -38,24 +40,31 @@ class ClipDataset(Dataset[CompactSample]):
     Args:
         table: Which clips.
         config: Normalisation.
-        targets: Class name → index (classification); None: labels are values, or absent.
+        tasks: What the labels become targets of (:func:`fmrizoo.data.targets.fit_tasks`); empty:
+            clips have no targets, whatever their labels.
 
     Raises:
-        DataError: a label that is not in ``targets``, or class names without ``targets``.
+        DataError: a label that no task knows, or clips labelled with other targets.
     """
 
     def __init__(
         self,
         table: ClipTable,
         config: DataConfig,
-        targets: dict[str, int] | None = None,
+        tasks: Sequence[TaskSpec] = (),
         seed: int = 0,
     ) -> None:
-        self.table, self.targets, self.seed = table, targets, seed
+        self.table, self.tasks, self.seed = table, tuple(tasks), seed
         self.normalization = config.normalization
         self._decodes: WeakKeyDictionary[RunReader, RunDecode] = WeakKeyDictionary()
         self._lock = threading.Lock()
-        _check_labels(table, targets)
+        self._targets: dict[str, tuple[int | float, ...]] = {}
+        if self.tasks:
+            check_targets(table, self.tasks)
+            self._targets = {
+                unit: label_targets(labels, self.tasks)
+                for unit, labels in table.unit_labels().items()
+            }
 
     def __len__(self) -> int:
         return len(self.table)
@@ -78,19 +87,24 @@ class ClipDataset(Dataset[CompactSample]):
         start = int(table.start[clip])
         rows = allocate((table.clip_frames, reader.row), reader.dtype)
         reader.read_compact(start, table.clip_frames, table.frame_stride, rows)
-        label = table.labels[clip] if table.labels is not None else None
-        return CompactSample(
-            rows=rows,
-            decode=self._decode(reader),
-            subject=info.subject,
-            run=info.name,
-            start=start,
-            tr=info.tr * table.frame_stride,
-            unit=table.unit(clip),
-            label=label,
-            target=label_target(label, self.targets),
-            seed=seed,
-        )
+        return CompactSample(rows=rows, decode=self._decode(reader), seed=seed, **self._about(clip))
+
+    def facts(self, clip: int) -> ClipFacts:
+        """All but the voxels of a clip; reads nothing from disk."""
+        return ClipFacts(**self._about(clip))
+
+    def _about(self, clip: int) -> dict[str, Any]:
+        table = self.table
+        info, unit = table.runs[table.run[clip]], table.unit(clip)
+        return {
+            "subject": info.subject,
+            "run": info.name,
+            "start": int(table.start[clip]),
+            "tr": info.tr * table.frame_stride,
+            "unit": unit,
+            "labels": table.labels[clip] if table.labels is not None else (),
+            "targets": self._targets.get(unit, ()),
+        }
 
     def _decode(self, reader: RunReader) -> RunDecode:
         """The run's decoder, made once and dropped with its reader."""
@@ -111,18 +125,6 @@ class ClipDataset(Dataset[CompactSample]):
         self.__dict__.update(state)
         self._decodes = WeakKeyDictionary()
         self._lock = threading.Lock()
-
-
-def _check_labels(table: ClipTable, targets: dict[str, int] | None) -> None:
-    labels = table.labels or ()
-    if targets is None:
-        if any(isinstance(label, str) for label in labels):
-            raise DataError("the clips have class names: give the loader targets (name → index)")
-        return
-    if unknown := sorted({str(label) for label in labels} - set(targets)):
-        raise DataError(
-            f"classes {unknown} do not occur in the training units (known: {sorted(targets)})"
-        )
 
 
 class _Buffers:
@@ -171,7 +173,7 @@ class Loader:
         rank, world: This rank, and how many there are.
         seed: Of the order and of the samples' own seeds.
         shuffle: False: the table's order, again and again.
-        targets: Class name → index (classification).
+        tasks: See :class:`ClipDataset`.
 
     Raises:
         DataError: see :class:`ClipDataset`; ranks or sizes that make no sense.
@@ -187,11 +189,11 @@ class Loader:
         world: int = 1,
         seed: int = 0,
         shuffle: bool = True,
-        targets: dict[str, int] | None = None,
+        tasks: Sequence[TaskSpec] = (),
     ) -> None:
         if micro_batch < 1 or not 0 <= rank < world:
             raise DataError(f"cannot load micro_batch={micro_batch} as rank {rank} of {world}")
-        self.dataset = ClipDataset(table, config, targets, seed)
+        self.dataset = ClipDataset(table, config, tasks, seed)
         self.table, self.micro_batch = table, micro_batch
         self._rank, self._world, self._seed, self._shuffle = rank, world, seed, shuffle
         self._threads = config.threads
@@ -212,33 +214,35 @@ class Loader:
         Raises:
             CorruptStoreError: as soon as a clip of the next batch turns out to be damaged.
         """
-        return self._read(self._endless(start))
+        return self._read(self.plan(start))
+
+    def plan(self, start: int = 0) -> Iterator[list[tuple[int, int]]]:
+        """The clips that :meth:`batches` reads, as (clip, seed) pairs, without reading them."""
+        for m in itertools.count(start):
+            first = (m * self._world + self._rank) * self.micro_batch
+            positions = range(first, first + self.micro_batch)
+            yield [(self.clip_at(p), sample_seed(self._seed, p)) for p in positions]
 
     def epoch(self) -> Iterator[CompactBatch]:
         """This rank's clips once, in the table's order; the last batch may be smaller.
 
         Ranks take contiguous blocks of the table.
         """
+        return self._read(self.epoch_plan())
+
+    def epoch_plan(self) -> Iterator[list[tuple[int, int]]]:
+        """The clips that :meth:`epoch` reads, as (clip, seed) pairs, without reading them."""
         n = len(self.table)
         first, last = (n * r // self._world for r in (self._rank, self._rank + 1))
-        clips = range(first, last)
-        steps = range(0, len(clips), self.micro_batch)
-        salted = self._seed ^ _EPOCH_SALT
-        return self._read(
-            [(c, sample_seed(salted, c)) for c in clips[s : s + self.micro_batch]] for s in steps
-        )
+        clips, salted = range(first, last), self._seed ^ _EPOCH_SALT
+        for s in range(0, len(clips), self.micro_batch):
+            yield [(c, sample_seed(salted, c)) for c in clips[s : s + self.micro_batch]]
 
     def clip_at(self, position: int) -> int:
         """The clip at a global position of the endless sequence."""
         n = len(self.table)
         epoch, within = divmod(position, n)
         return permuted(within, n, self._seed, epoch) if self._shuffle else within
-
-    def _endless(self, start: int) -> Iterator[list[tuple[int, int]]]:
-        for m in itertools.count(start):
-            first = (m * self._world + self._rank) * self.micro_batch
-            positions = range(first, first + self.micro_batch)
-            yield [(self.clip_at(p), sample_seed(self._seed, p)) for p in positions]
 
     def _read(self, plan: Iterator[list[tuple[int, int]]]) -> Iterator[CompactBatch]:
         """Read the planned (clip, seed) lists, ``_AHEAD`` micro-batches in advance."""

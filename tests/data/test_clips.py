@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from fmrizoo.config import DataConfig, TaskConfig
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.store import Store
-from fmrizoo.errors import DataError
+from fmrizoo.errors import DataError, RecipeError
 
 
 def config(**settings: Any) -> DataConfig:
@@ -60,7 +61,8 @@ def test_events(sample_store: Store) -> None:
     runs = sample_store.select({"acquisition": "1slice"})
     table = ClipTable.labelled(sample_store, runs, config(clip_frames=9), TaskConfig(lag=5.0))
     assert len(table) == 72
-    assert Counter(table.labels or ()) == dict.fromkeys(table.classes(), 9)
+    assert Counter(table.labels or ()) == {(name,): 9 for name in table.classes()}
+    assert table.targets == ("trial_type",)
     assert len(table.classes()) == 8
     first = runs[0].events
     assert table.start[:8].tolist() == [int((e["onset"] + 5) / 2.5 + 0.5) for e in first]
@@ -74,7 +76,10 @@ def test_levels_of_events(level: str, units: int, sample_store: Store) -> None:
     task = TaskConfig(level=level)
     table = ClipTable.labelled(sample_store, runs, config(clip_frames=9), task)
     assert len(set(table.units or ())) == units
-    assert all(u.endswith(f"#{label}") for u, label in zip(table.units, table.labels, strict=True))
+    assert table.units is not None and table.labels is not None
+    for unit, (label,) in zip(table.units, table.labels, strict=True):
+        assert unit.endswith(f"#{label}")
+    assert table.unit_labels() == dict(zip(table.units, table.labels, strict=True))
 
 
 def test_event_clips_that_leave_the_run(sample_store: Store) -> None:
@@ -94,9 +99,9 @@ def test_columns_and_labels(
     store = made(tree.root)
     three = config(clip_frames=3)
     table = ClipTable.labelled(store, store.runs, three, TaskConfig(lag=0))
-    assert table.labels == ("a", "b") and table.start.tolist() == [0, 4]
+    assert table.labels == (("a",), ("b",)) and table.start.tolist() == [0, 4]
     assert table.unit(1).endswith("#event-03")  # counted as in events.tsv
-    assert "1 events have no trial_type" in caplog.text
+    assert "1 events have no 'trial_type' and are left out" in caplog.text
     with pytest.raises(DataError, match="Did you mean 'trial_type'"):
         ClipTable.labelled(store, store.runs, three, TaskConfig(target="trial_typ"))
     with pytest.raises(DataError, match=r"event 3 .*score='x' is not a number"):
@@ -134,16 +139,16 @@ def test_participants(
     )
     store = made(tree.root)
     table = ClipTable.labelled(store, store.runs, config(clip_frames=6), PEOPLE)
-    assert table.labels == (20.5, 20.5, 33.0, 33.0)
+    assert table.labels == ((20.5,), (20.5,), (33.0,), (33.0,))
     assert table.units == ("sub-01", "sub-01", "sub-03", "sub-03")
-    assert "1 subjects have no age" in caplog.text and "02" in caplog.text
+    assert "1 subjects have no 'age'" in caplog.text and "out: 02" in caplog.text
     sex = TaskConfig(target="sex", source="participants", level="run")
     table = ClipTable.labelled(store, store.runs, config(clip_frames=12), sex)
-    assert table.labels == ("F", "M", "M") and table.units == tuple(r.name for r in store.runs)
+    assert table.labels == (("F",), ("M",), ("M",))
+    assert table.units == tuple(r.name for r in store.runs)
     with pytest.raises(DataError, match="no column 'ages'"):
-        ClipTable.labelled(
-            store, store.runs, config(), TaskConfig("ages", "participants", level="subject")
-        )
+        ages = TaskConfig(target="ages", source="participants", level="subject")
+        ClipTable.labelled(store, store.runs, config(), ages)
 
 
 def test_labels_that_nobody_has(tree: Any, made: Callable[..., Store]) -> None:
@@ -165,3 +170,102 @@ def test_the_contract_of_a_table(sample_store: Store) -> None:
     contract = table.contract("znorm_minback")
     assert contract.normalization == "znorm_minback" and contract.grid == (6, 10, 10)
     assert np.isclose(contract.tr, 2.5)
+
+
+def people(tree: Any, made: Callable[..., Store], rows: str, subjects: int = 3) -> Store:
+    """A store of ``subjects`` runs and a participants.tsv (``|`` for tabs)."""
+    for s in range(1, subjects + 1):
+        tree.add(f"{s:02d}")
+    (tree.root / "participants.tsv").write_text(rows.replace("|", "\t"))
+    return made(tree.root)
+
+
+def both(**settings: Any) -> TaskConfig:
+    targets = {"sex": "classification", "age": "regression"}
+    return TaskConfig(targets=targets, source="participants", level="subject", **settings)
+
+
+def test_several_targets_with_gaps(
+    tree: Any, made: Callable[..., Store], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "participant_id|age|sex\nsub-01|20.5|n/a\nsub-02||M\nsub-03|n/a|n/a\n"
+    store = people(tree, made, rows)
+    table = ClipTable.labelled(store, store.runs, config(clip_frames=6), both())
+    assert table.targets == ("sex", "age")
+    assert table.labels == ((None, 20.5), (None, 20.5), ("M", None), ("M", None))
+    assert (table.classes(0), table.units) == (("M",), ("sub-01",) * 2 + ("sub-02",) * 2)
+    assert "1 subjects have no 'sex' or 'age' in participants.tsv and are left out: 03" in (
+        caplog.text
+    )
+    assert "2 of 4 clips have no sex" in caplog.text and "2 of 4 clips have no age" in caplog.text
+
+
+def test_several_targets_of_events(tree: Any, made: Callable[..., Store]) -> None:
+    tree.add(events="onset\tduration\ttrial_type\trt\n0\t1\ta\t0.5\n6\t1\tn/a\tn/a\n8\t1\tb\t\n")
+    tree.add(run="2", events="onset\tduration\trt\n4\t1\t0.25\n")  # knows no trial_type
+    store = made(tree.root)
+    task = TaskConfig(targets={"rt": "regression", "trial_type": "classification"}, lag=0)
+    table = ClipTable.labelled(store, store.runs, config(clip_frames=3), task)
+    assert table.labels == ((0.5, "a"), (None, "b"), (0.25, None))
+    assert [u.split("#")[1] for u in table.units or ()] == ["event-01", "event-03", "event-01"]
+
+
+@pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-Infinity", "old"])
+def test_ages_that_are_no_numbers_are_refused(
+    text: str, tree: Any, made: Callable[..., Store]
+) -> None:
+    store = people(tree, made, f"participant_id|age\nsub-01|3\nsub-02|{text}\n", 2)
+    with pytest.raises(DataError, match=rf"sub-02 in participants\.tsv of .*age='{text}' is not a"):
+        ClipTable.labelled(store, store.runs, config(clip_frames=6), PEOPLE)
+
+
+def test_nan_is_no_class(tree: Any, made: Callable[..., Store]) -> None:
+    store = people(tree, made, "participant_id|sex\nsub-01|nan\n", 1)
+    sex = TaskConfig(target="sex", source="participants", level="subject")
+    with pytest.raises(DataError, match=r"sex='nan' is not a label: write n/a"):
+        ClipTable.labelled(store, store.runs, config(clip_frames=6), sex)
+
+
+def test_two_rows_of_one_subject_are_refused(tree: Any, made: Callable[..., Store]) -> None:
+    rows = "participant_id|age\nsub-01|3\nsub-02|4\n01|3\n"
+    store = people(tree, made, rows, 2)
+    with pytest.raises(DataError, match=r"sub-01 in participants\.tsv of .* has several rows"):
+        ClipTable.labelled(store, store.runs, config(clip_frames=6), PEOPLE)
+
+
+def grade(**settings: Any) -> TaskConfig:
+    return TaskConfig(
+        target="grade", kind="ordinal", source="participants", level="subject", **settings
+    )
+
+
+def test_ordinal_labels_are_level_names(tree: Any, made: Callable[..., Store]) -> None:
+    rows = "participant_id|grade\nsub-01|2\nsub-02|10\nsub-03|2.0\n"
+    store, whole = people(tree, made, rows), config(clip_frames=12)
+    table = ClipTable.labelled(store, store.runs, whole, grade())
+    assert table.labels == (("2",), ("10",), ("2",))
+    named = ClipTable.labelled(store, store.runs, whole, grade(levels=["2", "5", "10"]))
+    assert named.labels == table.labels
+    with pytest.raises(
+        DataError, match=r"sub-02 .*grade='10' is none of task\.levels=\['1', '2'\]"
+    ):
+        ClipTable.labelled(store, store.runs, whole, grade(levels=["1", "2"]))
+    with pytest.raises(RecipeError, match="names a level twice"):
+        ClipTable.labelled(store, store.runs, whole, grade(levels=["1", "2", "1.0"]))
+
+
+def test_ordinal_words_need_their_order(tree: Any, made: Callable[..., Store]) -> None:
+    store = people(tree, made, "participant_id|grade\nsub-01|low\nsub-02|high\n", 2)
+    whole = config(clip_frames=12)
+    with pytest.raises(DataError, match=r"grade='low' is not a number.*task\.levels=\[LOW"):
+        ClipTable.labelled(store, store.runs, whole, grade())
+    table = ClipTable.labelled(store, store.runs, whole, grade(levels=["low", "high"]))
+    assert table.labels == (("low",), ("high",))
+
+
+def test_clips_of_a_unit_must_agree(sample_store: Store) -> None:
+    runs = sample_store.select({"acquisition": "1slice"})
+    table = ClipTable.labelled(sample_store, runs, config(clip_frames=9), TaskConfig())
+    torn = replace(table, units=("one",) * len(table))
+    with pytest.raises(DataError, match=r"clips of unit 'one' disagree on trial_type: \["):
+        torn.unit_labels()

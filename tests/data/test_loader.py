@@ -6,6 +6,7 @@ import gc
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from fmrizoo.config import DataConfig, TaskConfig
-from fmrizoo.data.batch import CompactBatch, collate
+from fmrizoo.data.batch import CompactBatch, batch_target, collate
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.loader import ClipDataset, Loader
 from fmrizoo.data.store import Store
+from fmrizoo.data.targets import fit_tasks
 from fmrizoo.errors import CorruptStoreError, DataError
+from fmrizoo.types import TaskSpec
 
 
 def table(store: Store, acquisition: str = "25mm", **settings: Any) -> ClipTable:
@@ -166,27 +169,100 @@ def test_more_ranks_than_clips(sample_store: Store) -> None:
 
 def test_targets_and_units(sample_store: Store) -> None:
     clips = events(sample_store)
-    targets = {name: i for i, name in enumerate(clips.classes())}
-    loader = Loader(clips, DataConfig(), 16, targets=targets)
+    tasks = fit_tasks(clips, TaskConfig())
+    loader = Loader(clips, DataConfig(), 16, tasks=tasks)
     for compact in loader.epoch():
         batch = compact.to_batch("cpu")
         assert batch.target is not None and batch.target.dtype == torch.int64
-        assert [clips.classes()[i] for i in batch.target] == compact.labels
+        assert [(tasks[0].classes[i],) for i in batch.target] == compact.labels
         assert len(set(compact.units)) == len(compact)
-    with pytest.raises(DataError, match="give the loader targets"):
-        Loader(clips, DataConfig(), 4)
-    del targets["face"]
-    with pytest.raises(DataError, match=r"\['face'\] do not occur in the training units"):
-        Loader(clips, DataConfig(), 4, targets=targets)
+    # Labels alone make no targets.
+    plain = next(Loader(clips, DataConfig(), 4).epoch())
+    assert plain.to_batch("cpu").target is None and plain.labels[0] == clips.labels[0]
+    known = replace(tasks[0], classes=tasks[0].classes[1:])
+    with pytest.raises(DataError, match=rf"'{tasks[0].classes[0]}' does not occur in the training"):
+        Loader(clips, DataConfig(), 4, tasks=(known,))
+    with pytest.raises(DataError, match="labelled with trial_type, the tasks are age"):
+        Loader(clips, DataConfig(), 4, tasks=(replace(tasks[0], name="age"),))
+    with pytest.raises(DataError, match="labelled with nothing, the tasks are trial_type"):
+        Loader(table(sample_store), DataConfig(), 4, tasks=tasks)
 
 
 def test_regression_targets_are_values(sample_store: Store) -> None:
     runs = sample_store.select({"acquisition": "1slice"})
     task = TaskConfig(target="duration", kind="regression")
     clips = ClipTable.labelled(sample_store, runs, DataConfig(clip_frames=9), task)
-    batch = next(Loader(clips, DataConfig(), 4).batches()).to_batch("cpu")
+    spec = TaskSpec("regression", mean=20.0, std=3.0, name="duration")
+    compact = next(Loader(clips, DataConfig(), 4, tasks=(spec,)).batches())
+    batch = compact.to_batch("cpu")
     assert batch.target is not None and batch.target.dtype == torch.float32
     assert torch.allclose(batch.target, torch.tensor(22.5))
+
+
+def test_several_targets_lie_side_by_side(sample_store: Store) -> None:
+    clips = events(sample_store)
+    assert clips.labels is not None
+    labels = [(name, None if i % 3 else 0.1 * i) for i, (name,) in enumerate(clips.labels)]
+    labels[1] = (None, 0.7)
+    several = replace(clips, labels=tuple(labels), targets=("trial_type", "score"))
+    (kinds,) = fit_tasks(clips, TaskConfig())
+    tasks = (kinds, TaskSpec("regression", name="score"))
+    compact = next(Loader(several, DataConfig(), 4, tasks=tasks).epoch())
+    target = compact.to_batch("cpu").target
+    assert target is not None and target.shape == (4, 2) and target.dtype == torch.float32
+    nan = float("nan")
+    first = float(kinds.classes.index(str(labels[0][0])))
+    wanted = torch.tensor([[first, 0.0], [nan, 0.7]])
+    assert torch.allclose(target[:2], wanted, equal_nan=True)
+    assert compact.samples[1].targets[1] == 0.7  # as exact as in the table
+    # A single target that is missing somewhere is NaN among floats.
+    gap = replace(clips, labels=((None,), *clips.labels[1:]))
+    alone = next(Loader(gap, DataConfig(), 4, tasks=(kinds,)).epoch()).to_batch("cpu").target
+    assert (
+        alone is not None
+        and alone.dtype == torch.float32
+        and alone.isnan().tolist()[:2]
+        == [
+            True,
+            False,
+        ]
+    )
+
+
+def test_facts_are_those_of_the_sample(sample_store: Store) -> None:
+    clips = events(sample_store)
+    loader = Loader(clips, DataConfig(), 5, tasks=fit_tasks(clips, TaskConfig()))
+    (sample, *_) = next(loader.batches()).samples
+    ((clip, seed), *_) = next(loader.plan())
+    facts = loader.dataset.facts(clip)
+    for name in ("subject", "run", "start", "tr", "unit", "labels", "targets"):
+        assert getattr(facts, name) == getattr(sample, name)
+    assert sample.seed == seed and isinstance(facts.targets[0], int)
+    assert batch_target([facts]).tolist() == list(facts.targets)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("world, rank", [(1, 0), (3, 1)])
+def test_the_plan_is_what_is_read(world: int, rank: int, sample_store: Store) -> None:
+    clips = table(sample_store)
+    loader = Loader(clips, DataConfig(), 4, rank=rank, world=world, seed=3)
+    for stream, plan in (
+        (loader.batches(7), loader.plan(7)),
+        (loader.epoch(), loader.epoch_plan()),
+    ):
+        for batch, pairs in itertools.islice(zip(stream, plan, strict=True), 25):
+            planned = [
+                (clips.runs[clips.run[c]].name, int(clips.start[c]), seed) for c, seed in pairs
+            ]
+            assert names(batch) == planned
+
+
+def test_nothing_is_read_for_plans_and_facts(
+    sample_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = Loader(events(sample_store), DataConfig(), 5)
+    monkeypatch.setattr(Store, "open", lambda *_: pytest.fail("a run was opened"))
+    plan = [pair for pairs in loader.epoch_plan() for pair in pairs]
+    assert [loader.dataset.facts(clip).unit for clip, _ in plan] == list(loader.table.units or ())
 
 
 def test_impossible_ranks(sample_store: Store) -> None:
