@@ -508,11 +508,23 @@ def list_(
     kind: Annotated[str, typer.Argument(help="backbones, objectives, heads or recipes.")],
     pattern: Annotated[str, typer.Argument(help="Shell pattern.")] = "*",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="heads: what each trains of this backbone (or of a recipe's).", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """What is in the zoo; for backbones also their sizes and what a clip costs."""
     from fmrizoo import screens, zoo
     from fmrizoo.errors import RecipeError
     from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, suggest
+
+    if backbone is not None:
+        if kind != "heads":
+            raise RecipeError(f"--backbone goes with `list heads`, not `list {kind}`")
+        _list_heads(backbone, pattern, as_json)
+        return
 
     tables = {"backbones": BACKBONES, "objectives": OBJECTIVES, "heads": HEADS}
     if kind == "recipes":
@@ -534,6 +546,20 @@ def list_(
         for row in rows:
             table.add_row(row["name"], row["about"])
         out.print(table)
+
+
+def _list_heads(backbone: str, pattern: str, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from fmrizoo import screens
+    from fmrizoo.analysis.heads import backbone_section, heads_of
+
+    title, section = backbone_section(backbone)
+    rows = heads_of(section, pattern)
+    if as_json:
+        out.print_json(json.dumps([asdict(row) for row in rows]))
+    else:
+        out.print(screens.heads(title, rows))
 
 
 def _sizes(backbone: str) -> list[dict[str, Any]] | None:

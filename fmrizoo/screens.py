@@ -9,7 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fmrizoo.trainer.accounting import count, megabytes
+
 if TYPE_CHECKING:
+    from fmrizoo.analysis.heads import HeadRow
     from fmrizoo.analysis.memory import MemoryRow
 
 
@@ -65,6 +68,38 @@ def _of(part: float, whole: float) -> str:
         return f"{value:,.1f}" if value < 100 and value != int(value) else f"{value:,.0f}"
 
     return shown(whole) if part >= whole else f"{shown(part)} of {shown(whole)}"
+
+
+def heads(title: str, rows: Sequence[HeadRow]) -> Group:
+    """What each head trains of one encoder, and what its optimizer holds."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("head")
+    table.add_column("settings")
+    for name in ("of the encoder", "", "added", "frozen", "optimizer fp32", "bf16"):
+        table.add_column(name, justify="right")
+    refused: list[RenderableType] = []
+    for row in rows:
+        if row.fp32 is None or row.bf16 is None:
+            refused.append(Text(f"{row.head}: {row.refused}", style="dim"))
+            continue
+        found = row.fp32
+        table.add_row(
+            row.head,
+            row.settings,
+            count(found.encoder_trained) if found.encoder_trained else "–",
+            f"{found.encoder_share:.1f} %",
+            count(found.added_trained),
+            count(found.frozen),
+            megabytes(found.optimizer_bytes),
+            megabytes(row.bf16.optimizer_bytes),
+        )
+    size = next((row.fp32.encoder for row in rows if row.fp32), 0)
+    said = (
+        f"{title}: {count(size)} parameters. Each head for one target with two classes, default "
+        "settings. Optimizer: AdamW's moments, in bf16 with fp32 master weights; shared between "
+        "ranks from ZeRO stage 1 on."
+    )
+    return Group(table, *refused, Text(said, style="dim"))
 
 
 def memory(rows: Sequence[MemoryRow]) -> Table:

@@ -120,19 +120,23 @@ def _check_head(recipe: Recipe) -> None:
     """A head may ask only for what the backbone declares, and for targets of its kinds."""
     if recipe.head is None:
         return
-    entry, config = HEADS[recipe.head.name], recipe.backbone
-    if missing := entry.factory.needs - BACKBONES[config.name].factory.supports(config):
-        raise RecipeError(
-            f"head {entry.name!r} needs a backbone that takes {', '.join(sorted(missing))}; "
-            f"{config.name!r} as configured does not"
-        )
+    _check_needs(recipe)
     for name, kind in recipe.task.wanted().items():
-        _check_kind(entry.name, kind, name)
-    frames, size = recipe.data.clip_frames, getattr(config, "img_size", None)
+        _check_kind(recipe.head.name, kind, name)
+    frames, size = recipe.data.clip_frames, getattr(recipe.backbone, "img_size", None)
     if getattr(recipe.head, "pool", "") == "frame" and size is not None and frames != size[3]:
         raise RecipeError(
             f"head.pool=frame is built for backbone.img_size[3]={size[3]} frames, but "
             f"data.clip_frames={frames}: make them equal"
+        )
+
+
+def _check_needs(recipe: Recipe) -> None:
+    head, config = recipe.head.name, recipe.backbone
+    if missing := HEADS[head].factory.needs - BACKBONES[config.name].factory.supports(config):
+        raise RecipeError(
+            f"head {head!r} needs a backbone that takes {', '.join(sorted(missing))}; "
+            f"{config.name!r} as configured does not"
         )
 
 
@@ -232,6 +236,7 @@ def build_downstream(
 ) -> DownstreamModel:
     """The recipe's head on ``encoder``, which it makes its own (freezes, wraps)."""
     tasks = (task,) if isinstance(task, TaskSpec) else tuple(task)
+    _check_needs(recipe)
     for one in tasks:
         _check_kind(recipe.head.name, one.kind, one.name)
     return DownstreamModel(encoder, HEADS.build(recipe.head, backbone=encoder, tasks=tasks))

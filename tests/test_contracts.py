@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.model import DownstreamModel, PretrainingModel
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES
 from fmrizoo.trainer.export import ModelInfo, save_model
-from fmrizoo.types import Backbone, Batch, Features, Grid, TaskSpec, Voxels
+from fmrizoo.types import Backbone, Batch, Features, Grid, ReadBatch, TaskSpec, Voxels
 
 # The smallest sensible build of every registered backbone, for a clip of CLIP voxels and frames.
 CLIP = Grid(12, 8, 8, 4)
@@ -50,9 +51,12 @@ SMALL = {
         "head_dim": 8,
     },
 }
+Tasks = TaskSpec | tuple[TaskSpec, ...]
+LEVELS = TaskSpec("ordinal", classes=("low", "mid", "high"), name="severity")
 TASKS = [
     TaskSpec("classification", classes=("face", "house", "shoe")),
     TaskSpec("regression", mean=30.0, std=10.0),
+    LEVELS,
 ]
 
 
@@ -69,7 +73,7 @@ def batch_of(clips: int = 2, task: TaskSpec | None = None, seed: int = 0) -> Bat
     bold = torch.randn(clips, 1, *CLIP) * mask[:, None, ..., None]
     target = None
     if task is not None:
-        target = torch.arange(clips) % 3 if task.kind == "classification" else torch.rand(clips)
+        target = torch.rand(clips) if task.kind == "regression" else torch.arange(clips) % 3
     return Batch(
         bold=bold,
         mask=mask,
@@ -94,7 +98,6 @@ CAUSAL = [
     if "causal" in type(backbone_of(name)).supports(backbone_of(name).config)
 ]
 PAIRS = list(itertools.product(BACKBONE_NAMES, OBJECTIVES.list()))
-HEAD_PAIRS = list(itertools.product(BACKBONE_NAMES, HEADS.list()))
 
 
 def test_the_zoo_is_not_empty() -> None:
@@ -347,22 +350,114 @@ def test_pair_runs_in_bf16(name: str, objective: str) -> None:
     assert abs(rounded.item() - exact.item()) < 0.02 * exact.item()
 
 
-@pytest.mark.parametrize(("name", "head"), HEAD_PAIRS)
-@pytest.mark.parametrize("task", TASKS, ids=lambda t: t.kind)
-def test_head_learns_and_leaves_the_frozen_encoder_alone(
-    name: str, head: str, task: TaskSpec
-) -> None:
+@pytest.mark.parametrize("name", BACKBONE_NAMES)
+def test_every_parameter_lies_in_one_layer(name: str) -> None:
+    backbone = backbone_of(name)
+    layers = backbone.layer_names()
+    known = {n for n, _ in backbone.named_modules()} | {n for n, _ in backbone.named_parameters()}
+    assert len(layers) >= 3 and {n for layer in layers for n in layer} <= known
+    for parameter, _ in backbone.named_parameters():
+        within = [
+            n for layer in layers for n in layer if parameter == n or parameter.startswith(f"{n}.")
+        ]
+        assert len(within) == 1, parameter
+
+
+@pytest.mark.parametrize("name", BACKBONE_NAMES)
+def test_the_widths_of_all_stages_are_what_it_declares(name: str) -> None:
+    backbone, batch = backbone_of(name).eval(), batch_of()
+    stages = backbone.encode_stages(backbone.read(batch))
+    assert tuple(s.values.shape[2] for s in stages) == backbone.stage_features
+    first, last = backbone.encode_stages(backbone.read(batch), [0, -1])
+    assert torch.equal(first.values, stages[0].values)
+    assert torch.equal(last.values, backbone.encode(backbone.read(batch)).values)
+
+
+PROMPTED = [
+    name
+    for name in BACKBONE_NAMES
+    if "prompts" in type(backbone_of(name)).supports(backbone_of(name).config)
+]
+
+
+def prompts_of(backbone: Backbone, count: int = 3) -> list[torch.Tensor]:
+    torch.manual_seed(5)
+    return [torch.randn(count, w, requires_grad=True) for w in backbone.prompt_widths()]
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_prompts_change_features_but_mix_no_samples(name: str) -> None:
+    backbone, batch = backbone_of(name).eval(), batch_of(3)
+    prompts = prompts_of(backbone)
+    plain = backbone.encode(backbone.read(batch))
+    (led,) = backbone.encode_stages(backbone.read(batch), [-1], prompts=prompts)
+    assert led.values.shape == plain.values.shape and torch.equal(led.index, plain.index)
+    assert not torch.allclose(led.values, plain.values, atol=1e-3)
+    for clip in range(3):
+        tokens = backbone.tokenize(batch.bold[[clip]], batch.mask[[clip]])
+        (alone,) = backbone.encode_stages(tokens, [-1], prompts=prompts)
+        torch.testing.assert_close(led.to_grid()[[clip]], alone.to_grid(), atol=1e-5, rtol=1e-5)
+    led.values.square().sum().backward()
+    assert all(p.grad is not None and bool((p.grad != 0).any()) for p in prompts)
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_prompts_that_do_not_fit_are_refused(name: str) -> None:
+    backbone, batch = backbone_of(name), batch_of()
+    prompts = prompts_of(backbone)
+    for wrong in (prompts[:-1], [*prompts[:-1], torch.zeros(3, 1)]):
+        with pytest.raises(RecipeError, match="prompt"):
+            backbone.encode_stages(backbone.read(batch), [-1], prompts=wrong)
+
+
+# Heads as small as the backbones they sit on; in each variant that differs in what trains.
+HEAD_SMALL: dict[str, dict[str, Any]] = {
+    "complex": {"dim": 16, "num_heads": 2, "cells": 2},
+    "lora": {"rank": 2, "alpha": 4},
+    "prompt": {"count": 2},
+}
+VARIANTS = [
+    (head, dict(settings)) for head in HEADS.list() for settings in HEADS[head].factory.variants
+]
+HEAD_PAIRS = [
+    pytest.param(name, head, settings, id="-".join([name, head, *map(str, settings.values())]))
+    for name, (head, settings) in itertools.product(BACKBONE_NAMES, VARIANTS)
+]
+
+
+def downstream_of(
+    name: str, head: str, settings: dict[str, Any], task: Tasks, **config: Any
+) -> DownstreamModel:
     torch.manual_seed(0)
     model = fmrizoo.build(
-        backbone={"name": name, "drop_rate": 0.5, **SMALL[name]}, head=head, task=task
+        backbone={"name": name, **SMALL[name], **config},
+        head={"name": head, **HEAD_SMALL.get(head, {}), **settings},
+        task=task,
     )
     assert isinstance(model, DownstreamModel)
-    model.train()
-    assert not model.backbone.training, "a frozen encoder must not drop out"
-    before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    return model.train()
+
+
+def encoder_parts(model: DownstreamModel) -> tuple[list[str], list[str]]:
+    """Names of the encoder's parameters that train, and of those that do not."""
+    found: tuple[list[str], list[str]] = ([], [])
+    for name, parameter in model.backbone.named_parameters():
+        found[not parameter.requires_grad].append(name)
+    return found
+
+
+@pytest.mark.parametrize(("name", "head", "settings"), HEAD_PAIRS)
+@pytest.mark.parametrize("task", TASKS, ids=lambda t: t.kind)
+def test_head_learns_and_leaves_what_is_frozen_alone(
+    name: str, head: str, settings: dict[str, Any], task: TaskSpec
+) -> None:
+    model = downstream_of(name, head, settings, task)
+    trained, frozen = encoder_parts(model)
+    assert bool(trained) == (model.head.trains in ("last_block", "all", "lora"))
+    assert bool(frozen) or model.head.trains == "all"
+    before = {k: v.detach().clone() for k, v in model.backbone.named_parameters()}
     batch = batch_of(3, task)
-    trains = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trains, 1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     losses = []
     for _ in range(20):
         loss, _ = model(batch)
@@ -370,22 +465,140 @@ def test_head_learns_and_leaves_the_frozen_encoder_alone(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    after = model.backbone.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    assert all(p.grad is None for p in model.backbone.parameters())
-    assert model.eval().predict(batch).shape == (3, task.outputs)
+    assert losses[-1] < 0.95 * losses[0]
+    after = dict(model.backbone.named_parameters())
+    assert all(torch.equal(before[k], after[k]) and after[k].grad is None for k in frozen)
+    assert all(not torch.equal(before[k], after[k]) for k in trained)
+    assert model.eval().predict(batch).shape == (3, task.scores)
 
 
-@pytest.mark.parametrize(("name", "head"), HEAD_PAIRS)
-def test_full_fine_tuning_moves_the_encoder(name: str, head: str) -> None:
-    section = {"name": head, "train_encoder": "all"}
-    model = fmrizoo.build(backbone={"name": name, **SMALL[name]}, head=section, task=TASKS[0])
-    model.train()
-    assert model.backbone.training
-    loss, _ = model(batch_of(3, TASKS[0]))
+@pytest.mark.parametrize(("name", "head", "settings"), HEAD_PAIRS)
+def test_frozen_parts_do_not_drop_out(name: str, head: str, settings: dict[str, Any]) -> None:
+    """Twice in training mode: only an encoder that trains may differ from itself."""
+    model = downstream_of(name, head, settings, TASKS[0], drop_rate=0.5)
+    batch = batch_of(3, TASKS[0])
+    first, second = (model.outputs(batch) for _ in range(2))
+    assert torch.equal(first, second) == (model.head.trains not in ("last_block", "all"))
+    if model.head.trains == "last_block":
+        below = range(len(model.backbone.layer_names()) - 3)
+        stages = model.backbone.encode_stages(model.backbone.read(batch))
+        again = model.backbone.encode_stages(model.backbone.read(batch))
+        assert below and torch.equal(stages[0].values, again[0].values)
+
+
+@pytest.mark.parametrize(("name", "head", "settings"), HEAD_PAIRS)
+def test_model_with_a_head_comes_back_equal(
+    name: str, head: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    tasks = (TASKS[0], TASKS[1], LEVELS)
+    model = downstream_of(name, head, settings, tasks)
+    batch = replace(batch_of(3), target=torch.tensor([[0.0, 31, 2], [2, math.nan, 0], [1, 50, 1]]))
+    loss, _ = model(batch)
     loss.backward()
-    assert all(p.grad is not None for p in model.backbone.parameters() if p.requires_grad)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad.sign()
+    model.eval()
+    section = {"name": head, **HEAD_SMALL.get(head, {}), **settings}
+    recipe = compose({"backbone": {"name": name, **SMALL[name]}, "head": section})
+    save_model(tmp_path / "model", model, ModelInfo(to_dict(recipe), tasks=tasks))
+    again = fmrizoo.load(tmp_path / "model")
+    assert isinstance(again, DownstreamModel) and again.head.tasks == tasks
+    assert torch.equal(again.predict(batch), model.predict(batch))
+    model.head.export(model.backbone, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "head", "settings"), HEAD_PAIRS)
+def test_an_encoder_goes_on_without_its_head(
+    name: str, head: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """``init_from`` a fine-tuned model: a plain encoder, adapters merged into it."""
+    model = downstream_of(name, head, settings, TASKS[0]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    section = {"name": head, **HEAD_SMALL.get(head, {}), **settings}
+    recipe = compose({"backbone": {"name": name, **SMALL[name]}, "head": section})
+    save_model(tmp_path / "model", model, ModelInfo(to_dict(recipe), tasks=(TASKS[0],)))
+    plain, batch = backbone_of(name, 1).eval(), batch_of()
+    zoo.load_encoder(plain, tmp_path / "model")
+    (expected,) = model.backbone.encode_stages(model.backbone.read(batch), [-1])
+    torch.testing.assert_close(
+        plain.encode(plain.read(batch)).values, expected.values, atol=2e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("name", "head", "settings"), HEAD_PAIRS)
+def test_recomputing_changes_no_gradient_of_a_head(
+    name: str, head: str, settings: dict[str, Any]
+) -> None:
+    batch, found = batch_of(2, TASKS[0]), []
+    for mode in CHECKPOINTING:
+        model = downstream_of(name, head, settings, TASKS[0])
+        model.backbone.set_checkpointing(mode)
+        loss, _ = model(batch)
+        loss.backward()
+        found.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+    assert found[0]
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for key, gradient in found[0].items():
+            torch.testing.assert_close(other[key], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "head", "settings"), HEAD_PAIRS)
+def test_head_runs_in_bf16(name: str, head: str, settings: dict[str, Any]) -> None:
+    model, batch = downstream_of(name, head, settings, TASKS[0]), batch_of(3, TASKS[0])
+    exact, _ = model(batch)
+    rounded, _ = model.bfloat16()(batch.to("cpu", torch.bfloat16))
+    rounded.backward()
+    assert abs(rounded.item() - exact.item()) < 0.03 * exact.item()
+    assert all(p.grad is not None for p in model.head.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(("name", "head", "settings"), HEAD_PAIRS)
+def test_what_a_head_reads_of_a_frozen_encoder_may_be_kept(
+    name: str, head: str, settings: dict[str, Any]
+) -> None:
+    """Clip by clip, with brains of other sizes: rows of equal shape that give equal answers."""
+    model, batch = downstream_of(name, head, settings, TASKS[0]).eval(), batch_of(3, TASKS[0])
+    if model.head.encoder_trains():
+        assert model.head.trains != "none"
+        return
+    rows = [
+        model.read(
+            replace(
+                batch_of(3, TASKS[0]),
+                bold=batch.bold[[i]], mask=batch.mask[[i]], tr=batch.tr[[i]], subject=["01"],
+                run=["r"], start=batch.start[[i]], target=None, seed=None,
+            )
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    kept = ReadBatch(
+        tuple(torch.cat(part) for part in zip(*rows, strict=True)), batch.subject, batch.target
+    )
+    torch.testing.assert_close(model.predict(kept), model.predict(batch), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(kept)[0], model(batch)[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_head_that_asks_too_much_is_refused_before_any_data() -> None:
+    class Picky(HEADS["linear"].factory):  # type: ignore[misc]
+        needs = frozenset({"wings"})
+        kinds = frozenset({"regression"})
+
+    HEADS.register("picky", HEADS["linear"].config)(Picky)
+    try:
+        for needs, said in (
+            (frozenset({"wings"}), "needs a backbone that takes wings; 'swin4d' as configured"),
+            (frozenset(), "cannot learn 'trial_type', a target of kind classification"),
+        ):
+            Picky.needs = needs
+            with pytest.raises(RecipeError, match=said):
+                zoo.load_recipe({"backbone": "swin4d", "head": {"name": "picky"}})
+    finally:
+        del HEADS._entries["picky"]
 
 
 @pytest.mark.parametrize("name", zoo.list_recipes())
