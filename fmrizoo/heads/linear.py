@@ -1,87 +1,109 @@
-"""A linear layer on pooled features: the linear probe, and plain fine-tuning."""
+"""A linear layer on pooled features: the linear probe, last-block and full fine-tuning."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from fmrizoo.errors import RecipeError
-from fmrizoo.registry import register_head, suggest
-from fmrizoo.types import POOLING, Backbone, Features, Head, TaskSpec
+from fmrizoo.heads.base import check_choice, modules_named, parameter_layers
+from fmrizoo.heads.readout import ReadoutConfig, ReadoutHead
+from fmrizoo.registry import register_head
+from fmrizoo.types import Backbone, TaskSpec
 
-TRAIN_ENCODER = ("none", "all")
-NORMS = ("none", "layer", "batch")
+TRAIN_ENCODER = ("none", "last_block", "all")
+LAST_LAYERS = 2  # what last_block trains
 
 
 @dataclass
-class LinearConfig:
-    """Linear layer on pooled features; the encoder frozen (probe) or trained."""
+class LinearConfig(ReadoutConfig):
+    """Linear layer on pooled features; the encoder frozen, trained, or its last two layers."""
 
     name: str = "linear"
-    train_encoder: str = "none"  # none: frozen, a linear probe | all: full fine-tuning
-    pool: str = "mean"  # mean | brain (weighted by brain share) | space (mean over time only)
-    norm: str = "none"  # of the pooled features: none | layer | batch (no learned scale)
-    dropout: float = 0.0  # on the pooled features
-    label_smoothing: float = 0.0  # classification only
+    train_encoder: str = "none"  # none: a linear probe | last_block: last two layers | all
+    layer_decay: float = 1.0  # learning rate: × this per layer away from the head; 1: all alike
 
     def __post_init__(self) -> None:
-        choices = {"train_encoder": TRAIN_ENCODER, "pool": POOLING, "norm": NORMS}
-        for key, known in choices.items():
-            value = getattr(self, key)
-            if value not in known:
-                raise RecipeError(
-                    f"head.{key}={value!r} is not known.{suggest(value, list(known))}"
-                )
-        for key in ("dropout", "label_smoothing"):
-            if not 0 <= (share := getattr(self, key)) < 1:
-                raise RecipeError(f"head.{key} is a share in [0, 1), got {share}")
+        super().__post_init__()
+        check_choice("train_encoder", self.train_encoder, TRAIN_ENCODER)
+        if not 0 < self.layer_decay <= 1:
+            raise RecipeError(f"head.layer_decay is a factor in (0, 1], got {self.layer_decay}")
+        if self.layer_decay < 1 and self.train_encoder == "none":
+            raise RecipeError(
+                f"head.layer_decay={self.layer_decay} has nothing to act on: the encoder is frozen "
+                "(head.train_encoder=none)"
+            )
 
 
 @register_head("linear", LinearConfig)
-class LinearHead(Head):
+class LinearHead(ReadoutHead):
     """``Linear(norm(pool(features)))``."""
 
-    def __init__(self, config: LinearConfig, *, backbone: Backbone, task: TaskSpec) -> None:
-        super().__init__()
-        self.config = config
-        self.task = task
-        width = backbone.num_features
-        if config.pool == "space":
-            cells = zip(backbone.clip_grid[:3], backbone.reduction[:3], strict=True)
-            width *= prod(c // r for c, r in cells)
-        self.norm: nn.Module = nn.Identity()
-        if config.norm == "layer":
-            self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        elif config.norm == "batch":
-            self.norm = nn.BatchNorm1d(width, affine=False)
-        self.dropout = nn.Dropout(config.dropout)
-        self.project = nn.Linear(width, task.outputs)
-        nn.init.trunc_normal_(self.project.weight, std=0.01)
-        nn.init.zeros_(self.project.bias)
+    variants = tuple({"train_encoder": how} for how in TRAIN_ENCODER)
+    config: LinearConfig
+
+    def __init__(
+        self, config: LinearConfig, *, backbone: Backbone, tasks: Sequence[TaskSpec]
+    ) -> None:
+        super().__init__(config, backbone=backbone, tasks=tasks)
+
+    @property
+    def trains(self) -> str:
+        """``none``, ``last_block`` or ``all``."""
+        return self.config.train_encoder
 
     def attach(self, backbone: Backbone) -> None:
-        """Freeze the whole encoder unless it is to be trained."""
-        if not self.encoder_trains():
-            backbone.requires_grad_(False)
+        """Freeze what is not to train; what the encoder itself never trains stays frozen.
+
+        Raises:
+            RecipeError: nothing is left to train, since the encoder came frozen.
+        """
+        if self.config.train_encoder == "none":
+            self._freeze(backbone)
+            return
+        if self.config.train_encoder == "last_block":
+            layers = parameter_layers(backbone)
+            first = self._first_layer(backbone)
+            self._freeze(backbone, [name for name, layer in layers.items() if layer >= first])
+        if not any(p.requires_grad for p in backbone.parameters()):
+            raise RecipeError(
+                f"head.train_encoder={self.config.train_encoder} finds nothing to train: the "
+                "encoder is frozen already (Head.release lets it train again)"
+            )
+
+    @staticmethod
+    def _first_layer(backbone: Backbone) -> int:
+        """The first of the last layers; an encoder of a single layer has no more than that."""
+        return max(1, len(backbone.layer_names()) - LAST_LAYERS)
 
     def encoder_trains(self) -> bool:
         """Whether gradients reach the encoder."""
-        return self.config.train_encoder == "all"
+        return self.config.train_encoder != "none"
 
-    def forward(self, features: Features) -> Tensor:
-        """``(b, task.outputs)``."""
-        pooled = features.pooled(self.config.pool).to(self.project.weight.dtype)
-        outputs: Tensor = self.project(self.dropout(self.norm(pooled)))
-        return outputs
+    def trained_modules(self, backbone: Backbone) -> tuple[nn.Module, ...]:
+        """The encoder, or the modules of its last two layers."""
+        if self.config.train_encoder == "all":
+            return (backbone,)
+        if self.config.train_encoder == "none":
+            return ()
+        layers = backbone.layer_names()[self._first_layer(backbone) :]
+        return modules_named(backbone, (name for names in layers for name in names))
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy, or mean squared error of the scaled target."""
-        if self.task.kind == "classification":
-            return F.cross_entropy(
-                outputs.float(), target.long(), label_smoothing=self.config.label_smoothing
-            )
-        scaled = (target.float() - self.task.mean) / self.task.std
-        return F.mse_loss(outputs.float().squeeze(-1), scaled)
+    def lr_scales(self, backbone: Backbone) -> Mapping[str, float]:
+        """``layer_decay`` to the power of the distance from the head.
+
+        The head has 1, the last of L layers ``decay``, the first ``decay^L`` and what lies before
+        it (patch embedding) ``decay^(L + 1)``, as in BEiT (Bao et al. 2022).
+        """
+        decay = self.config.layer_decay
+        if decay == 1:
+            return {}
+        ends = len(backbone.layer_names())
+        layers = parameter_layers(backbone)
+        return {
+            name: decay ** (ends - layers[name])
+            for name, parameter in backbone.named_parameters()
+            if parameter.requires_grad
+        }
