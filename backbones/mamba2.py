@@ -272,7 +272,8 @@ class Mamba2(nn.Module):
             rows += math.ceil(length / chunk) * chunk
             pairs += math.ceil(length / chunk) * chunk**2
         scan = pairs * (self.ngroups * self.d_state + self.inner)
-        width = self.in_proj.out_features + self.inner
+        mixed = self.inner + 2 * self.ngroups * self.d_state
+        width = self.inner + mixed + self.heads + self.inner
         return {
             "projections": 2 * tokens * self.d_model * width,
             "convolution": 2 * tokens * self.conv1d.weight.numel(),
@@ -289,8 +290,12 @@ class Mamba2(nn.Module):
             scan = w.A.new_zeros(len(u), s.groups, s.states, s.heads // s.groups, s.head_dim)
         else:
             tail, scan = state.tail, state.scan
+        given: tuple[Any, ...] = (u, tail, scan, s, *w)
+        if not torch.is_grad_enabled():
+            # A Function cannot see that no gradients are recorded: it would keep all activations.
+            given = tuple(t.detach() if isinstance(t, Tensor) else t for t in given)
         with _no_autocast(u):
-            out, tail, scan = Mix.apply(u, tail, scan, s, *w)
+            out, tail, scan = Mix.apply(*given)
         return out, MixerState(tail, scan)
 
     def _step(
@@ -329,17 +334,29 @@ class Mamba2(nn.Module):
 def _matrix(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a Linear, or of whatever linear module has taken its place.
 
-    An adapter around the Linear (LoRA) is read off by what it makes of the unit vectors.
+    An adapter around the Linear (LoRA; ``base_layer`` is what it wraps, which may be an adapter
+    too) is read off by what it makes of the unit vectors. Autograd takes the gradient on to the
+    adapter. Its dropout, if any, then leaves out the same inputs of all tokens.
     """
     if type(linear) is nn.Linear:
         return linear.weight, linear.bias
     inner: Any = linear
+    bias_name = "bias"
     while not isinstance(inner, nn.Linear):
+        if not hasattr(inner, "base_layer"):
+            raise RecipeError(
+                f"a Mamba projection may be a Linear or an adapter with a base_layer, got a "
+                f"{type(inner).__name__}"
+            )
         inner = inner.base_layer
-    weight = inner.weight
-    bias = inner.bias
-    effect = linear(torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)).t()
-    return effect if bias is None else effect - bias.unsqueeze(1), bias
+        bias_name = f"base_layer.{bias_name}"
+    weight, bias = inner.weight, inner.bias
+    unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    # Without the bias, which would round the weights away in bf16; in the weights' own dtype.
+    without = {} if bias is None else {bias_name: torch.zeros_like(bias)}
+    with _no_autocast(unit):
+        effect: Tensor = torch.func.functional_call(linear, without, (unit,))
+    return effect.t(), bias
 
 
 def _no_autocast(u: Tensor) -> AbstractContextManager[object]:

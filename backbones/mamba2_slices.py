@@ -140,18 +140,24 @@ def forward_slice(
 
 
 class Sums:
-    """Gradients of the weights, summed over slices at least in fp32."""
+    """Gradients of those weights that want one, summed over slices at least in fp32."""
 
-    def __init__(self, w: Weights) -> None:
+    def __init__(self, w: Weights, wanted: Sequence[bool]) -> None:
         def zeros(t: Tensor) -> Tensor:
             return torch.zeros(
                 t.shape, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device
             )
 
-        self.of = {name: zeros(t) for name, t in w._asdict().items() if t is not None}
+        self.of = {
+            name: zeros(t)
+            for (name, t), want in zip(w._asdict().items(), wanted, strict=True)
+            if t is not None and want
+        }
 
     def product(self, name: str, rows: slice, left: Tensor, right: Tensor) -> None:
-        """Add ``leftᵀ @ right`` (both ``(b, l, …)``) to some rows."""
+        """Add ``leftᵀ @ right`` (both ``(b, l, …)``) to some rows, where it is wanted."""
+        if name not in self.of:
+            return
         target, left, right = self.of[name][rows], left.flatten(0, 1), right.flatten(0, 1)
         if left.dtype == target.dtype:
             target.addmm_(left.t(), right)
@@ -159,7 +165,7 @@ class Sums:
             target.add_(left.t() @ right)
 
     def rows(self, name: str, rows: slice, values: Tensor) -> None:
-        """Add the sum of ``values (b, l, …)`` over tokens, where the weight exists."""
+        """Add the sum of ``values (b, l, …)`` over tokens, where it is wanted."""
         if name in self.of:
             target = self.of[name]
             target[rows] += values.sum((0, 1))
@@ -175,8 +181,12 @@ def backward_slice(
     d_tail: Tensor,
     d_state: Tensor | None,
     sums: Sums,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a slice's input, tail and state, from those of its output, tail and state."""
+    wants_input: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of a slice's input, tail and state, from those of its output, tail and state.
+
+    That of the input is left out unless it is wanted.
+    """
     k = kept_slice
     length = d_out.shape[1]
     everything = slice(None)
@@ -188,8 +198,10 @@ def backward_slice(
     d_total, d_z = _gate_backward(d_result @ w.outward, k, total)
     d_y = chunks.spread(d_total).view(x.shape)
     d = scan_backward((x, k.dt, w.A, B, C), kept, k.y, d_y, d_state)
-    sums.of["A"] += d.A
-    sums.of["D"] += (x * d_y).sum((1, 3)).sum(0)
+    if "A" in sums.of:
+        sums.of["A"] += d.A
+    if "D" in sums.of:
+        sums.of["D"] += (x * d_y).sum((1, 3)).sum(0)
     d_x = d.x.addcmul_(d_y, w.D[:, None])
     d_raw = chunks.collect(d.dt, length) * torch.sigmoid(k.raw_dt)
     sums.rows("dt_bias", everything, d_raw)
@@ -198,19 +210,29 @@ def backward_slice(
     d_inputs[:, length:] += d_tail
     d_xBC = d_inputs[:, s.taps - 1 :]
     pieces = (d_z, d_xBC, d_raw.to(s.dtype))
-    d_u, row = torch.zeros_like(k.u), 0
+    row = 0
     for piece in pieces:
         rows = slice(row, row + piece.shape[-1])
         sums.product("inward", rows, piece, k.u)
         sums.rows("inward_bias", rows, piece)
+        row = rows.stop
+    d_u = _input_backward(pieces, k, w, s, d_out) if wants_input else None
+    return d_u, d_inputs[:, : s.taps - 1].clone(), d.state
+
+
+def _input_backward(
+    pieces: Sequence[Tensor], k: Slice, w: Weights, s: Shape, d_out: Tensor
+) -> Tensor:
+    """Gradient of a slice's input, from those of the parts that it is projected to."""
+    d_u, row = torch.zeros_like(k.u), 0
+    for piece in pieces:
+        rows = slice(row, row + piece.shape[-1])
         for target, sample in zip(d_u, piece, strict=True):
             target.addmm_(sample, w.inward[rows])
         row = rows.stop
     if k.u_scale is not None:
         d_u = _norm_backward(d_u, k.u, k.u_scale)
-    if s.residual:
-        d_u = d_u + d_out
-    return d_u, d_inputs[:, : s.taps - 1].clone(), d.state
+    return d_u + d_out if s.residual else d_u
 
 
 def _parts(mixed: Tensor, s: Shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -268,8 +290,9 @@ def _convolve_backward(d: Tensor, k: Slice, w: Weights, sums: Sums) -> Tensor:
     framed = d.new_zeros(b, length + 2 * (taps - 1), width)
     inner = framed[:, taps - 1 : taps - 1 + length]
     inner.copy_(torch.ops.aten.silu_backward(d, k.convolved))
-    for tap in range(taps):
-        sums.of["conv"][:, tap] += (inner * k.inputs[:, tap : tap + length]).sum((0, 1))
+    if "conv" in sums.of:
+        for tap in range(taps):
+            sums.of["conv"][:, tap] += (inner * k.inputs[:, tap : tap + length]).sum((0, 1))
     sums.rows("conv_bias", slice(None), inner)
     return _convolve(framed, w.conv.flip(1).contiguous(), None)
 
@@ -311,14 +334,15 @@ class Mix(torch.autograd.Function):
         u, *saved = ctx.saved_tensors
         count = len(Weights._fields)
         given, kept = Weights(*saved[:count]), saved[count:]
-        w, sums = given.cast(s.dtype), Sums(given)
+        wants_input, wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[-count:]
+        w, sums = given.cast(s.dtype), Sums(given, wanted)
         lengths = ctx.lengths
         each = len(kept) // len(lengths)
         if d_out is None:
             d_out = kept[0].new_zeros(kept[0].shape[0], sum(lengths), w.outward.shape[0])
         if d_tail is None:
             d_tail = d_out.new_zeros(len(d_out), s.taps - 1, s.mixed, dtype=s.dtype)
-        d_u = torch.empty_like(d_out)
+        d_u = torch.empty_like(d_out) if wants_input else None
         stop = sum(lengths)
         for number in range(len(lengths) - 1, -1, -1):
             part = slice(stop - lengths[number], stop)
@@ -332,11 +356,22 @@ class Mix(torch.autograd.Function):
                 split = len(Slice._fields)
                 kept_slice, kept_scan = Slice(*found[:split]), Kept(*found[split:])
                 chunks = ctx.plans[number]
-            d_u[:, part], d_tail, d_state = backward_slice(
-                kept_slice, kept_scan, chunks, w, s, d_out[:, part], d_tail, d_state, sums
+            d_part, d_tail, d_state = backward_slice(
+                kept_slice,
+                kept_scan,
+                chunks,
+                w,
+                s,
+                d_out[:, part],
+                d_tail,
+                d_state,
+                sums,
+                wants_input,
             )
+            if d_u is not None and d_part is not None:
+                d_u[:, part] = d_part
         d_weights = (
-            None if value is None else sums.of[name].to(value.dtype)
+            sums.of[name].to(value.dtype) if name in sums.of else None
             for name, value in given._asdict().items()
         )
         return d_u, d_tail, d_state, None, *d_weights

@@ -29,6 +29,8 @@ from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.layers.coordinates import FEATURES, fourier_features, grid_centres, world_centres
 from fmrizoo.layers.kept import keep_patches
 from fmrizoo.layers.patches import background_value
+from fmrizoo.layers.pieces import wants_gradient
+from fmrizoo.layers.prompts import Frame, check_prompts, overwrite
 from fmrizoo.layers.ragged import Pack, give_back
 from fmrizoo.registry import register_backbone, suggest
 from fmrizoo.types import (
@@ -212,12 +214,13 @@ class NeuroMamba(Backbone):
         self.position = nn.Linear(FEATURES, config.embed_dim)
         self.blocks = nn.ModuleList(MambaBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.embed_dim, eps=EPS)
+        self.stage_features = (config.embed_dim,) * config.depth
         self.checkpointing = "none"
 
     @classmethod
     def supports(cls, config: NeuroMambaConfig) -> frozenset[str]:
-        """``causal``, unless the sequence is read both ways."""
-        return frozenset() if config.bidirectional else frozenset({"causal"})
+        """``prompts``; ``causal``, unless the sequence is read both ways."""
+        return frozenset({"prompts"} if config.bidirectional else {"causal", "prompts"})
 
     def _blocks(self) -> list[MambaBlock]:
         return cast(list[MambaBlock], list(self.blocks))
@@ -312,58 +315,93 @@ class NeuroMamba(Backbone):
         placed: Tensor = values + self.position(where.to(self.position.weight.dtype))
         return placed
 
-    def encode(self, tokens: Tokens, *, causal: bool = False) -> Features:
-        """Run all blocks; features of padding are 0.
+    def encode_stages(
+        self,
+        tokens: Tokens,
+        indices: Sequence[int] | None = None,
+        *,
+        causal: bool = False,
+        prompts: Sequence[Tensor] | None = None,
+    ) -> list[Features]:
+        """Features after blocks; the last one's are normed, those of padding are 0.
+
+        Args:
+            tokens: From :meth:`tokenize` or :meth:`read`.
+            indices: Blocks (None: all; negative counts from the end).
+            causal: Changes nothing: it always is.
+            prompts: ``(p, embed_dim)`` for every block. Every sequence gets ``p`` places before its
+                first token (if ``bidirectional`` as many after its last), where each block finds
+                its own prompts whatever the block before has left there.
 
         Raises:
-            RecipeError: ``causal`` is asked of a bidirectional model.
+            RecipeError: ``causal`` is asked of a bidirectional model, a block that does not exist,
+                or prompts that do not fit.
         """
         if causal and self.config.bidirectional:
             raise RecipeError(
                 "neuromamba with bidirectional=true looks both ways: it cannot encode causally"
             )
-        last = len(self.blocks) - 1
-        return self._run(tokens, {last})[last]
-
-    def forward_intermediates(
-        self, bold: Tensor, mask: Tensor | None = None, indices: Sequence[int] | None = None
-    ) -> list[Features]:
-        """Features after the blocks in ``indices`` (all by default); the last one's are normed."""
         wanted = chosen_stages(indices, len(self.blocks))
-        kept = self._run(self.tokenize(bold, mask), set(wanted))
+        kept = self._run(tokens, set(wanted), check_prompts(prompts, self.prompt_widths()))
         return [kept[i] for i in wanted]
 
-    def _run(self, tokens: Tokens, keep: set[int]) -> dict[int, Features]:
+    def prompt_widths(self) -> tuple[int, ...]:
+        """``embed_dim`` for every block."""
+        return self.stage_features
+
+    def layer_names(self) -> tuple[tuple[str, ...], ...]:
+        """Patch embedding and positions, then the blocks; the last norm belongs to the last one."""
+        blocks: list[tuple[str, ...]] = [(f"blocks.{i}",) for i in range(len(self.blocks))]
+        return (("embed", "position"), *blocks[:-1], (*blocks[-1], "norm"))
+
+    def _run(
+        self, tokens: Tokens, keep: set[int], prompts: Sequence[Tensor] | None
+    ) -> dict[int, Features]:
+        """Features after the blocks in ``keep``; those that follow do not run."""
         _announce(self.scan_backend)
         where = getattr(tokens, "where", None)
         if where is None:
             where = self._where(tokens.index, None)
         x = self._placed(tokens.values, where)
-        batch, length, _ = x.shape
         lengths = tokens.valid.sum(1).tolist()
-        packs = self._blocks()[0].mixer.packs(lengths, length, x.device)
-        # The CUDA kernels know no slices: there a block is the least that is made again.
-        recompute = self.checkpointing == "block" or (
-            self.checkpointing == "window-chunk" and self.scan_backend == "mamba_ssm"
-        )
+        frame = None
+        if prompts is not None:
+            frame = Frame(len(prompts[0]), self.config.bidirectional)
+            x = frame.around(x)
+        batch, length, _ = x.shape
+        extra = 0 if frame is None else frame.extra
+        packs = self._blocks()[0].mixer.packs([n + extra for n in lengths], length, x.device)
+        last = len(self.blocks) - 1
         found: dict[int, list[Tensor]] = {number: [] for number in keep}
         for pack in packs:
             part = pack.take(x)
-            for number, block in enumerate(self._blocks()):
-                if recompute and torch.is_grad_enabled():
-                    part = checkpoint(block, part, pack, use_reentrant=False)
-                else:
-                    part = block(part, pack)
+            places = None if frame is None else frame.places(pack, lengths, length)
+            for number, block in enumerate(self._blocks()[: max(keep, default=-1) + 1]):
+                if prompts is not None and places is not None:
+                    part = overwrite(part, places, prompts[number])
+                part = self._through(block, part, pack)
                 if number in keep:
-                    last = number == len(self.blocks) - 1
-                    found[number].append(self.norm(part) if last else part)
+                    found[number].append(self.norm(part) if number == last else part)
         kept = {}
         for number, parts in found.items():
             values = give_back(packs, parts, batch, length)
-            if min(lengths) < length:
+            values = values if frame is None else frame.within(values)
+            if min(lengths) < values.shape[1]:
                 values = values * tokens.valid.unsqueeze(-1)
             kept[number] = Features(values, tokens.index, tokens.valid, tokens.grid, tokens.brain)
         return kept
+
+    def _through(self, block: MambaBlock, x: Tensor, pack: Pack) -> Tensor:
+        """One block, which is run again in the backward pass if that is asked for."""
+        # The CUDA kernels know no slices: there a block is the least that is made again.
+        again = self.checkpointing == "block" or (
+            self.checkpointing == "window-chunk" and self.scan_backend == "mamba_ssm"
+        )
+        if again and wants_gradient(x, (block,)):
+            recomputed: Tensor = checkpoint(block, x, pack, use_reentrant=False)
+            return recomputed
+        done: Tensor = block(x, pack)
+        return done
 
     def place(self, patches: Tensor, index: Tensor, tr: Tensor | None = None) -> Tensor:
         """``patches (b, n, p)`` at ``index (b, n, 4)`` → values with positions, for `extend`."""

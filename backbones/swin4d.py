@@ -11,6 +11,7 @@ Shapes: b samples, n tokens, d width; a block works on rows ``(all tokens of the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import cast
@@ -18,20 +19,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fmrizoo.layers.pieces import by_piece, piece_rows, works_by_pieces
 from fmrizoo.layers.plan import Order, StagePlan, stage_plan
 from fmrizoo.layers.positions import PositionEmbedding
 from fmrizoo.layers.swin import (
     PatchMerging,
     SwinBlock,
     SwinEncoder,
-    by_piece,
     check_config,
     check_sizes,
     merge_factors,
     path_rates,
-    piece_rows,
     stage_grids,
-    works_by_pieces,
 )
 from fmrizoo.layers.windows import WindowLayout, effective_window, window_layout
 from fmrizoo.registry import register_backbone
@@ -70,6 +69,21 @@ class Swin4DConfig:
         check_config(self)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What all blocks of one pass through the encoder share.
+
+    Attributes:
+        batch: Samples.
+        causal: Keep queries from later keys.
+        checkpointing: See :func:`fmrizoo.layers.pieces.by_piece`.
+    """
+
+    batch: int
+    causal: bool
+    checkpointing: str
+
+
 class SwinStage(nn.Module):
     """Blocks of one resolution, then (but for the last stage) the merge."""
 
@@ -101,9 +115,8 @@ class SwinStage(nn.Module):
         x: Tensor,
         plan: StagePlan,
         positions: Tensor,
-        batch: int,
-        causal: bool,
-        checkpointing: str,
+        prompts: Sequence[Tensor | None],
+        run: Pass,
     ) -> Tensor:
         """Rows in the first block's order → rows in the last block's order.
 
@@ -111,31 +124,39 @@ class SwinStage(nn.Module):
             x: ``(rows, d)`` merged tokens.
             plan: This stage's plan.
             positions: ``(n, d)`` row-major position table.
-            batch: Samples.
-            causal: Keep queries from later keys.
-            checkpointing: See :func:`fmrizoo.layers.swin.by_piece`.
+            prompts: ``(p, d)`` of every block, or None.
+            run: What all blocks share.
         """
         x = x + positions.to(x.dtype).index_select(0, plan.raster)
-        for block, pieces, move in zip(self.blocks, plan.orders, plan.moves, strict=True):
+        blocks = cast(list[SwinBlock], list(self.blocks))
+        steps = zip(blocks, prompts, plan.orders, plan.moves, strict=True)
+        for block, prompt, pieces, move in steps:
             if move is not None:
                 x = move(x)
-            x = _by_windows(cast(SwinBlock, block), x, pieces, batch, causal, checkpointing)
+            x = _by_windows(block, x, pieces, prompt, run)
         return x
 
 
 def _by_windows(
-    block: SwinBlock, x: Tensor, pieces: list[Order], batch: int, causal: bool, checkpointing: str
+    block: SwinBlock, x: Tensor, pieces: list[Order], prompt: Tensor | None, run: Pass
 ) -> Tensor:
     """Run a block on some windows after others."""
-    drawn = block.draw_paths(batch, x)
+    drawn, seen = block.draw_paths(run.batch, x), block.see(prompt)
 
-    def run(part: Tensor, number: int) -> Tensor:
+    def job(part: Tensor, number: int) -> Tensor:
         order = pieces[number]
-        paths = None if drawn is None else drawn[:, order.sample]
-        done: Tensor = block(part, order.windows, causal=causal, padding=order.padding, paths=paths)
+        done: Tensor = block(
+            part,
+            order.windows,
+            causal=run.causal,
+            padding=order.padding,
+            paths=None if drawn is None else drawn[:, order.sample],
+            seen=seen,
+        )
         return done
 
-    return by_piece(run, x, [order.rows for order in pieces], checkpointing=checkpointing)
+    rows = [order.rows for order in pieces]
+    return by_piece(job, x, rows, (block, seen), checkpointing=run.checkpointing)
 
 
 def _stage_window(config: Swin4DConfig, stage: int, grid: Grid) -> tuple[tuple[int, ...], bool]:
@@ -176,20 +197,32 @@ class Swin4D(SwinEncoder):
         for table in self.pos_embeds.parameters():
             nn.init.trunc_normal_(table, std=0.02)
 
-    def _run(self, tokens: Tokens, keep: set[int], causal: bool) -> dict[int, Features]:
+    def _table_names(self, stage: int) -> tuple[str, ...]:
+        return (f"pos_embeds.{stage}",)
+
+    def _block_names(self, stage: int) -> list[tuple[str, ...]]:
+        return [(f"layers.{stage}.blocks.{block}",) for block in range(self.depths[stage])]
+
+    def _run(
+        self,
+        tokens: Tokens,
+        keep: set[int],
+        causal: bool,
+        prompts: Sequence[Sequence[Tensor | None]],
+    ) -> dict[int, Features]:
         batch, frames = tokens.values.shape[0], tokens.grid.t
         x = tokens.values.flatten(0, 1)
+        run = Pass(batch, causal, self.checkpointing)
         plans = self._plan(frames, batch, x.device, works_by_pieces(x, self.checkpointing))
         kept: dict[int, Features] = {}
-        for number, (stage, table, plan) in enumerate(
-            zip(self._stages(), self.pos_embeds, plans, strict=True)
-        ):
+        for number in range(max(keep, default=-1) + 1):
+            stage, plan = self._stages()[number], plans[number]
             x = plan.enter(x).view(-1, plan.merged * x.shape[1])
             if number:
                 previous = self._stages()[number - 1]
                 assert previous.downsample is not None
                 x = previous.downsample(x)
-            x = stage(x, plan, table(frames), batch, causal, self.checkpointing)
+            x = stage(x, plan, self.pos_embeds[number](frames), prompts[number], run)
             if number in keep:
                 values = plan.leave(x).view(batch, -1, x.shape[1])
                 if number == len(self.layers) - 1 and self.config.final_norm:

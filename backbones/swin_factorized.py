@@ -15,16 +15,17 @@ Shapes: s sites, b samples, t time slots, d width; tokens are ``(s, b·t, d)``, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from fmrizoo.errors import RecipeError
+from fmrizoo.layers.pieces import by_piece, piece_rows, works_by_pieces
 from fmrizoo.layers.sites import (
     Rotary,
     Space,
@@ -40,13 +41,10 @@ from fmrizoo.layers.swin import (
     PatchMerging,
     SwinBlock,
     SwinEncoder,
-    by_piece,
     check_config,
     check_sizes,
     merge_factors,
     path_rates,
-    piece_rows,
-    works_by_pieces,
 )
 from fmrizoo.registry import register_backbone
 from fmrizoo.types import Features, Grid, Tokens
@@ -117,7 +115,7 @@ class Pass:
         batch: Samples.
         slots: Time slots of each.
         causal: Keep queries from later keys.
-        checkpointing: See :func:`fmrizoo.layers.swin.by_piece`.
+        checkpointing: See :func:`fmrizoo.layers.pieces.by_piece`.
         pieces: Work on some sites or frames at a time.
     """
 
@@ -166,7 +164,30 @@ class FactorizedBlock(nn.Module):
         return joined
 
 
-Job = Callable[[Tensor, int], Tensor]
+class Pair(NamedTuple):
+    """Two Swin blocks that run on the same pieces.
+
+    Attributes:
+        blocks: Both.
+        seen: What their prompts show every window, see :meth:`SwinBlock.see`.
+        drawn: Their paths, see :meth:`SwinBlock.draw_paths`.
+        ends: The factorized block that joins their result with their input; None: the result is
+            all.
+    """
+
+    blocks: list[SwinBlock]
+    seen: list[Tensor | None]
+    drawn: list[Tensor | None]
+    ends: FactorizedBlock | None
+
+    def join(self, before: Tensor, after: Tensor) -> Tensor:
+        """What follows the second block."""
+        return after if self.ends is None else self.ends.join(before, after)
+
+    @property
+    def used(self) -> list[nn.Module | Tensor | None]:
+        """All that a piece meets."""
+        return [*self.blocks, *self.seen, self.ends]
 
 
 class FactorizedStage(nn.Module):
@@ -194,75 +215,69 @@ class FactorizedStage(nn.Module):
         if self.factors is not None:
             self.downsample = PatchMerging(self.width, prod(self.factors), config.c_mult)
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
-        """``(s, b·t, d)`` → same shape. Overwrites ``x`` where no gradient is wanted."""
+    def forward(self, x: Tensor, prompts: Sequence[Tensor | None], run: Pass) -> Tensor:
+        """``(s, b·t, d)`` → same shape. Overwrites ``x`` where no gradient is wanted.
+
+        ``prompts``: ``(p, d)`` of every Swin block in the order they run, or None.
+        """
         rotary = Rotary(self.head_dim, self.theta, x.dtype == torch.float64, x.device)
         rows = piece_rows(self.width, self.mlp_ratio, x.device) if run.pieces else x[..., 0].numel()
+        given = iter(prompts)
         for block in cast(list[FactorizedBlock], list(self.blocks)):
-            for number, (name, pair) in enumerate(block.pairs()):
-                join = block.join if number else None
+            for number, (name, blocks) in enumerate(block.pairs()):
+                pair = Pair(
+                    blocks,
+                    [one.see(next(given)) for one in blocks],
+                    [one.draw_paths(run.batch, x) for one in blocks],
+                    block if number else None,
+                )
                 through = self._in_time if name == "temporal" else self._in_space
-                x = through(x, pair, run, rotary, rows, join)
+                x = through(x, pair, run, rotary, rows)
         return x
 
-    def _in_time(
-        self,
-        x: Tensor,
-        pair: list[SwinBlock],
-        run: Pass,
-        rotary: Rotary,
-        rows: int,
-        join: Callable[[Tensor, Tensor], Tensor] | None,
-    ) -> Tensor:
+    def _in_time(self, x: Tensor, pair: Pair, run: Pass, rotary: Rotary, rows: int) -> Tensor:
         """A temporal pair, some sites at a time."""
         clips = x.reshape(-1, run.slots, x.shape[2])
         sizes = even_sizes(len(clips), rows // run.slots)
         starts = [0, *accumulate(sizes)]
         lengths = [time_lengths(run.slots, self.temporal_window, odd) for odd in (False, True)]
-        drawn = [block.draw_paths(run.batch, x) for block in pair]
 
         def job(part: Tensor, number: int) -> Tensor:
             found = part.flatten(0, 1)
-            for block, length, paths in zip(pair, lengths, drawn, strict=True):
+            for block, length, seen, paths in zip(
+                pair.blocks, lengths, pair.seen, pair.drawn, strict=True
+            ):
                 if paths is not None:
                     clip = torch.arange(starts[number], starts[number + 1], device=x.device)
                     paths = paths[:, clip % run.batch].repeat_interleave(run.slots, 1)
                 windows = time_windows(length, len(part), rotary)
-                found = block(found, windows, causal=run.causal, paths=paths)
-            found = found.view_as(part)
-            return found if join is None else join(part, found)
+                found = block(found, windows, causal=run.causal, paths=paths, seen=seen)
+            return pair.join(part, found.view_as(part))
 
-        return by_piece(job, clips, sizes, checkpointing=run.checkpointing).view_as(x)
+        done = by_piece(job, clips, sizes, pair.used, checkpointing=run.checkpointing)
+        return done.view_as(x)
 
-    def _in_space(
-        self,
-        x: Tensor,
-        pair: list[SwinBlock],
-        run: Pass,
-        rotary: Rotary,
-        rows: int,
-        join: Callable[[Tensor, Tensor], Tensor] | None,
-    ) -> Tensor:
+    def _in_space(self, x: Tensor, pair: Pair, run: Pass, rotary: Rotary, rows: int) -> Tensor:
         """A spatial pair, some frames at a time."""
         sizes = even_sizes(x.shape[1], rows // x.shape[0])
         starts = [0, *accumulate(sizes)]
-        drawn = [block.draw_paths(run.batch, x) for block in pair]
 
         def job(part: Tensor, number: int) -> Tensor:
             plan = space_rows(self.space, self.window, True, part.shape[1], rotary)
             found = part.flatten(0, 1)
             found = found if plan.enter is None else plan.enter(found)
-            for odd, (block, paths) in enumerate(zip(pair, drawn, strict=True)):
+            for odd, (block, seen, paths) in enumerate(
+                zip(pair.blocks, pair.seen, pair.drawn, strict=True)
+            ):
                 if odd and plan.move is not None:
                     found = plan.move(found)
                 if paths is not None:
                     paths = paths[:, (starts[number] + plan.frame[odd]) // run.slots]
-                found = block(found, plan.windows[odd], paths=paths)
+                found = block(found, plan.windows[odd], paths=paths, seen=seen)
             found = found if plan.leave is None else plan.leave(found)
-            found = found.view_as(part)
-            return found if join is None else join(part, found)
+            return pair.join(part, found.view_as(part))
 
-        return by_piece(job, x, sizes, dim=1, checkpointing=run.checkpointing)
+        return by_piece(job, x, sizes, pair.used, dim=1, checkpointing=run.checkpointing)
 
     def merge(self, x: Tensor, next_window: Space, run: Pass) -> Tensor:
         """``(s, b·t, d)`` → ``(s', b·t, d')`` in the next stage's order."""
@@ -279,7 +294,8 @@ class FactorizedStage(nn.Module):
             return joined
 
         sizes = even_sizes(len(groups), rows // (frames * merged))
-        return by_piece(job, groups, sizes, checkpointing=run.checkpointing, in_place=False)
+        mode = run.checkpointing
+        return by_piece(job, groups, sizes, (downsample,), checkpointing=mode, in_place=False)
 
     def rows_and_pairs(self, slots: int) -> tuple[int, int]:
         """Rows of one Swin block, and query–key pairs of one factorized block, for one clip."""
@@ -308,7 +324,27 @@ class SwinFactorized(SwinEncoder):
     def _stages(self) -> list[FactorizedStage]:
         return cast(list[FactorizedStage], list(self.layers))
 
-    def _run(self, tokens: Tokens, keep: set[int], causal: bool) -> dict[int, Features]:
+    def _block_names(self, stage: int) -> list[tuple[str, ...]]:
+        names: list[tuple[str, ...]] = []
+        for number, block in enumerate(self._stages()[stage].blocks):
+            at = f"layers.{stage}.blocks.{number}"
+            pairs = cast(FactorizedBlock, block).order
+            names += [(f"{at}.{pair}.{odd}",) for pair in pairs for odd in (0, 1)]
+            joins = tuple(
+                f"{at}.{part}"
+                for part in ("norm", "weight")
+                if isinstance(getattr(block, part), nn.Module | nn.Parameter)
+            )
+            names[-1] = (*names[-1], *joins)
+        return names
+
+    def _run(
+        self,
+        tokens: Tokens,
+        keep: set[int],
+        causal: bool,
+        prompts: Sequence[Sequence[Tensor | None]],
+    ) -> dict[int, Features]:
         (batch, _, width), slots = tokens.values.shape, tokens.grid.t
         pieces = works_by_pieces(tokens.values, self.checkpointing)
         run = Pass(batch, slots, causal, self.checkpointing, pieces)
@@ -316,10 +352,10 @@ class SwinFactorized(SwinEncoder):
         enter, _ = site_gathers(stages[0].space, stages[0].window, batch, device)
         x = enter(tokens.values.reshape(-1, slots * width)).view(-1, batch * slots, width)
         kept: dict[int, Features] = {}
-        for number, stage in enumerate(stages):
+        for number, stage in enumerate(stages[: max(keep, default=-1) + 1]):
             if number:
                 x = stages[number - 1].merge(x, stage.window, run)
-            x = stage(x, run)
+            x = stage(x, prompts[number], run)
             if number in keep:
                 _, leave = site_gathers(stage.space, stage.window, batch, device)
                 values = leave(x.view(-1, slots * stage.width)).view(batch, -1, stage.width)

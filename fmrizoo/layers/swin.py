@@ -5,27 +5,23 @@ Shapes: b samples, n tokens, d width; a block works on rows ``(tokens, d)`` in w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import repeat
 from math import ceil
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.layers.attention import Windows, attend_windows
 from fmrizoo.layers.mlp import MLP
 from fmrizoo.layers.patches import Brain, PatchEmbed, background_value, pad_to, patch_share
 from fmrizoo.layers.plan import neighbours
+from fmrizoo.layers.prompts import check_prompts
 from fmrizoo.layers.rope import rotate_queries_and_keys
 from fmrizoo.types import Backbone, Features, Grid, Tokens, check_checkpointing, chosen_stages
-
-# Of the widest activation (in the MLP) of the rows that are worked on at a time: what a CPU's cache
-# holds, and elsewhere what keeps a device busy.
-PIECE_BYTES = 1 << 23
-DEVICE_PIECE_BYTES = 1 << 27
 
 
 class SwinConfig(Protocol):
@@ -132,13 +128,23 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.drop = nn.Dropout(config.drop_rate)
 
-    def forward(self, x: Tensor, windows: Windows, causal: bool = False) -> Tensor:
-        """``(rows, d)`` → same shape."""
+    def keys_and_values(self, prompts: Tensor) -> Tensor:
+        """``(p, d)`` normed prompts → ``(p, 2 · d)``, at least fp32.
+
+        Wide so that the gradients of all windows are summed in it.
+        """
+        seen: Tensor = self.qkv(prompts)[:, prompts.shape[1] :]
+        return seen.to(torch.promote_types(seen.dtype, torch.float32))
+
+    def forward(
+        self, x: Tensor, windows: Windows, causal: bool = False, seen: Tensor | None = None
+    ) -> Tensor:
+        """``(rows, d)`` → same shape; ``seen``: from :meth:`keys_and_values`."""
         qkv = self.qkv(x)
         if windows.rotation is not None:
             qkv = rotate_queries_and_keys(qkv, windows.rotation, self.heads)
         dropout = self.attn_drop if self.training else 0.0
-        mixed = attend_windows(qkv, windows, self.heads, self.scale, dropout, causal)
+        mixed = attend_windows(qkv, windows, self.heads, self.scale, dropout, causal, seen)
         projected: Tensor = self.drop(self.proj(mixed))
         return projected
 
@@ -164,6 +170,12 @@ class SwinBlock(nn.Module):
         drawn = like.new_empty(2, batch, 1).bernoulli_(1 - self.drop_path)
         return drawn.div_(1 - self.drop_path)
 
+    def see(self, prompts: Tensor | None) -> Tensor | None:
+        """Keys and values that every window sees, of ``prompts (p, d)``: once a pass."""
+        if prompts is None:
+            return None
+        return self.attn.keys_and_values(self.norm1(prompts.to(self.norm1.weight.dtype)))
+
     def forward(
         self,
         x: Tensor,
@@ -172,6 +184,7 @@ class SwinBlock(nn.Module):
         causal: bool = False,
         padding: Tensor | None = None,
         paths: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
         """``(rows, d)`` → same shape.
 
@@ -181,12 +194,13 @@ class SwinBlock(nn.Module):
             causal: See :func:`fmrizoo.layers.attention.attend_windows`.
             padding: ``(rows, 1)`` True where a row stands for no token.
             paths: ``(2, rows, 1)`` factors of :meth:`draw_paths`, row by row.
+            seen: ``(p, 2 · d)`` from :meth:`see`.
         """
         h = self.norm1(x)
         if padding is not None:
             # The reference pads after the norm: padded tokens are zeros that take part unmasked.
             h = h.masked_fill(padding, 0.0)
-        attended = self.attn(h, windows, causal)
+        attended = self.attn(h, windows, causal, seen)
         x = x + (attended if paths is None else attended * paths[0])
         mixed: Tensor = self.mlp(self.norm2(x))
         return x + (mixed if paths is None else mixed * paths[1])
@@ -206,62 +220,6 @@ class PatchMerging(nn.Module):
         return merged
 
 
-def piece_rows(width: int, mlp_ratio: float, device: torch.device) -> int:
-    """Rows of ``width`` that are best worked on at a time."""
-    size = PIECE_BYTES if device.type == "cpu" else DEVICE_PIECE_BYTES
-    return max(1, int(size / (4 * width * mlp_ratio)))
-
-
-def works_by_pieces(x: Tensor, checkpointing: str) -> bool:
-    """Whether a pass over ``x`` is split up.
-
-    On a CPU fp32 products are several times faster on pieces that fit the cache, bf16 ones are not;
-    recomputing by pieces keeps the activations of one piece only.
-    """
-    cached = x.device.type == "cpu" and x.dtype == torch.float32
-    return cached or checkpointing == "window-chunk"
-
-
-def by_piece(
-    job: Callable[[Tensor, int], Tensor],
-    x: Tensor,
-    sizes: Sequence[int],
-    dim: int = 0,
-    checkpointing: str = "none",
-    in_place: bool = True,
-) -> Tensor:
-    """Run ``job(piece, number)`` on one piece of ``x`` after the other.
-
-    Args:
-        job: What to do; its results are put together along ``dim``.
-        x: Overwritten where no gradient is wanted: what a piece needs on the way stays small.
-        sizes: Of the pieces along ``dim``.
-        dim: Which axis is cut.
-        checkpointing: ``none``; ``block``: keep ``x`` only and do all of it again in the backward
-            pass; ``window-chunk``: the same, a piece at a time.
-        in_place: False where results have another shape than the pieces.
-    """
-    if not torch.is_grad_enabled() and in_place:
-        for number, part in enumerate(torch.split(x, list(sizes), dim)):
-            part.copy_(job(part, number))
-        return x
-    each = job
-    if checkpointing == "window-chunk":
-
-        def each(part: Tensor, number: int) -> Tensor:
-            again: Tensor = checkpoint(job, part, number, use_reentrant=False)
-            return again
-
-    def whole(rows: Tensor) -> Tensor:
-        done = [each(part, n) for n, part in enumerate(torch.split(rows, list(sizes), dim))]
-        return done[0] if len(done) == 1 else torch.cat(done, dim)
-
-    if checkpointing == "block":
-        result: Tensor = checkpoint(whole, x, use_reentrant=False)
-        return result
-    return whole(x)
-
-
 class SwinEncoder(Backbone):
     """Tokens in and features out of a shifted-window encoder: ``(b, c, x, y, z, t)`` → features.
 
@@ -276,7 +234,9 @@ class SwinEncoder(Backbone):
         self.patch_size = (px, py, pz, pt)
         self.embed_dim = config.embed_dim
         self.widths = [config.embed_dim * config.c_mult**s for s in range(len(config.depths))]
+        self.stage_features = tuple(self.widths)
         self.num_features = self.widths[-1]
+        self.depths = list(config.depths)
         rx, ry, rz, _ = (a // b for a, b in zip(self.grids[0], self.grids[-1], strict=True))
         self.reduction = (px * rx, py * ry, pz * rz, pt)
         self.clip_grid = Grid(*(g * p for g, p in zip(self.grids[0], self.patch_size, strict=True)))
@@ -287,8 +247,8 @@ class SwinEncoder(Backbone):
 
     @classmethod
     def supports(cls, config: SwinConfig) -> frozenset[str]:
-        """``causal``: attention can be kept from looking ahead in time."""
-        return frozenset({"causal"})
+        """``causal``: attention can be kept from looking ahead in time. ``prompts``."""
+        return frozenset({"causal", "prompts"})
 
     def set_checkpointing(self, mode: str) -> None:
         """``none``; ``block``: recompute whole blocks; ``window-chunk``: some windows at a time."""
@@ -331,21 +291,74 @@ class SwinEncoder(Backbone):
             brain = share.expand(-1, -1, -1, -1, grid.t).flatten(1)
         return Tokens(values, row_major(grid, batch, bold.device), valid, grid, brain)
 
-    def encode(self, tokens: Tokens, *, causal: bool = False) -> Features:
-        """Run all stages. ``causal``: no feature depends on a later time slot."""
-        last = len(self.grids) - 1
-        return self._run(tokens, {last}, causal)[last]
-
-    def forward_intermediates(
-        self, bold: Tensor, mask: Tensor | None = None, indices: Sequence[int] | None = None
+    def encode_stages(
+        self,
+        tokens: Tokens,
+        indices: Sequence[int] | None = None,
+        *,
+        causal: bool = False,
+        prompts: Sequence[Tensor] | None = None,
     ) -> list[Features]:
-        """Features at the end of the stages in ``indices`` (all by default), before each merge."""
+        """Features at the end of stages, before the merge.
+
+        Args:
+            tokens: From :meth:`tokenize`.
+            indices: Stages (None: all; negative counts from the end).
+            causal: No feature depends on a later time slot.
+            prompts: ``(p, width)`` for every Swin block: in each of its windows ``p`` more keys and
+                values, which its own norm and projection make of them. They have no position, no
+                query, and every query sees them.
+
+        Raises:
+            RecipeError: a stage that does not exist, or prompts that do not fit.
+        """
         wanted = chosen_stages(indices, len(self.grids))
-        kept = self._run(self.tokenize(bold, mask), set(wanted), causal=False)
+        given = check_prompts(prompts, self.prompt_widths())
+        kept = self._run(tokens, set(wanted), causal, self._by_stage(given))
         return [kept[i] for i in wanted]
 
-    def _run(self, tokens: Tokens, keep: set[int], causal: bool) -> dict[int, Features]:
-        """Features at the end of the stages in ``keep``."""
+    def prompt_widths(self) -> tuple[int, ...]:
+        """Width of every Swin block, in the order they run."""
+        both = zip(self.widths, self.depths, strict=True)
+        return tuple(width for width, depth in both for _ in range(depth))
+
+    def layer_names(self) -> tuple[tuple[str, ...], ...]:
+        """Patch embedding, then one layer for each Swin block.
+
+        A merge belongs to the block before it, the last norm to the last block, a position table to
+        the block after it.
+        """
+        layers: list[tuple[str, ...]] = [("patch_embed", "pos_drop", *self._table_names(0))]
+        for stage in range(len(self.depths)):
+            blocks = self._block_names(stage)
+            if stage:
+                blocks[0] = (*self._table_names(stage), *blocks[0])
+            after = "norm" if stage + 1 == len(self.depths) else f"layers.{stage}.downsample"
+            blocks[-1] = (*blocks[-1], after)
+            layers += blocks
+        return tuple(layers)
+
+    def _table_names(self, stage: int) -> tuple[str, ...]:
+        """Position tables at the start of ``stage``."""
+        return ()
+
+    def _block_names(self, stage: int) -> list[tuple[str, ...]]:
+        """The Swin blocks of ``stage`` in the order they run, each with what belongs to it."""
+        raise NotImplementedError
+
+    def _by_stage(self, prompts: Sequence[Tensor] | None) -> list[Sequence[Tensor | None]]:
+        """Prompts of every block of every stage; None for those without."""
+        layers: Iterator[Tensor | None] = repeat(None) if prompts is None else iter(prompts)
+        return [[next(layers) for _ in range(depth)] for depth in self.depths]
+
+    def _run(
+        self,
+        tokens: Tokens,
+        keep: set[int],
+        causal: bool,
+        prompts: Sequence[Sequence[Tensor | None]],
+    ) -> dict[int, Features]:
+        """Features at the end of the stages in ``keep``; what follows them does not run."""
         raise NotImplementedError
 
     def _features(self, values: Tensor, stage: int, tokens: Tokens) -> Features:

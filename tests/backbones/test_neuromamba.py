@@ -187,8 +187,8 @@ def test_both_ways_is_not_causal_and_says_so() -> None:
         backbone.encode(found, causal=True)
     with pytest.raises(RecipeError, match="cannot go on"):
         backbone.extend(found.values)
-    assert backbone.supports(backbone.config) == frozenset()
-    assert NeuroMamba.supports(NeuroMambaConfig()) == {"causal"}
+    assert backbone.supports(backbone.config) == {"prompts"}
+    assert NeuroMamba.supports(NeuroMambaConfig()) == {"causal", "prompts"}
     values = found.values.clone()
     values[:, -1] += 1
     assert (backbone.encode(found.with_values(values)).values[:, 0] != 0).any()

@@ -11,7 +11,7 @@ import torch
 
 from fmrizoo.backbones.swin4d import Swin4D, Swin4DConfig, stage_grids
 from fmrizoo.errors import DataError, RecipeError
-from fmrizoo.layers import swin
+from fmrizoo.layers import pieces
 from fmrizoo.layers.swin import SwinBlock
 from fmrizoo.types import Grid
 from fmrizoo.weights.swift import load_swift
@@ -101,7 +101,7 @@ def test_released_configurations_have_the_published_parameter_counts() -> None:
 def test_checkpointing_changes_no_gradient(
     piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swin, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     torch.manual_seed(0)
     config = Swin4DConfig(
         img_size=[8, 8, 8, 4],
@@ -129,7 +129,7 @@ def test_checkpointing_changes_no_gradient(
 def test_stochastic_depth_drops_whole_samples_and_only_in_training(
     piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swin, "PIECE_BYTES", piece_bytes)  # also with a sample in many pieces
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)  # also with a sample in many pieces
     torch.manual_seed(0)
     config = Swin4DConfig(
         img_size=[8, 8, 8, 4],
@@ -222,12 +222,12 @@ def test_later_frames_change_no_bit_of_earlier_causal_features(
     piece_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(swin, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     torch.manual_seed(0)
     # Shifted in space and time in stage 1; the last stage has all of space in a window.
     size = {"img_size": [12, 7, 8, slots * patch], "patch_size": [2, 2, 2, patch]}
     backbone = Swin4D(Swin4DConfig(**size, **SMALL)).eval().to(dtype)
-    assert backbone.supports(backbone.config) == {"causal"}
+    assert backbone.supports(backbone.config) == {"causal", "prompts"}
     mask = torch.rand(2, 12, 7, 8) > 0.3
     bold = torch.randn(2, 1, *size["img_size"]).to(dtype)
     backbone.set_checkpointing("window-chunk")

@@ -18,7 +18,7 @@ from fmrizoo.backbones.swin_factorized import (
     SwinFactorizedConfig,
 )
 from fmrizoo.errors import DataError, RecipeError
-from fmrizoo.layers import swin
+from fmrizoo.layers import pieces
 from fmrizoo.layers.swin import SwinBlock
 from fmrizoo.types import Grid
 
@@ -156,7 +156,7 @@ def test_outputs_and_gradients_equal_the_plain_transcription(
     values: dict[str, Any], causal: bool, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fp64, features within 1e-10, gradients within 1e-9."""
-    monkeypatch.setattr(swin, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     backbone = model(**values).double()
     backbone.set_checkpointing("window-chunk")
     bold = torch.randn(2, 1, *values["img_size"], dtype=torch.float64, requires_grad=True)
@@ -227,7 +227,7 @@ def test_positions_with_equal_coordinate_sums_are_told_apart() -> None:
 def test_checkpointing_changes_no_gradient(
     residual: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swin, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     backbone = model([8, 8, 8, 6], residual=residual, drop_rate=0.2, drop_path_rate=0.3)
     bold = torch.randn(2, 1, 8, 8, 8, 6)
     gradients = {}
@@ -253,10 +253,10 @@ def test_later_frames_change_no_bit_of_earlier_causal_features(
     piece_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(swin, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     size = [12, 7, 8, slots * patch]
     backbone = model(size, patch_size=[2, 2, 2, patch]).eval().to(dtype)
-    assert backbone.supports(backbone.config) == {"causal"}
+    assert backbone.supports(backbone.config) == {"causal", "prompts"}
     backbone.set_checkpointing("window-chunk")
     mask = torch.rand(2, 12, 7, 8) > 0.3
     bold = torch.randn(2, 1, *size).to(dtype)
@@ -296,7 +296,7 @@ def test_nothing_outside_the_mask_changes_a_feature(dtype: torch.dtype) -> None:
 def test_stochastic_depth_drops_whole_samples(
     piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swin, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", piece_bytes)
     backbone = model([8, 8, 8, 5], drop_path_rate=0.5)
     bold = torch.randn(1, 1, 8, 8, 8, 5).expand(4, -1, -1, -1, -1, -1)
     assert len({tuple(v.flatten()[:5].tolist()) for v in backbone.train()(bold).values}) > 1
