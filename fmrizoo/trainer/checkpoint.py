@@ -17,6 +17,7 @@ from typing import Any
 
 from fmrizoo.errors import CheckpointError
 from fmrizoo.files import sha256_of, sync_file, sync_folder, write_json, write_text
+from fmrizoo.trainer.best import drop_weights, weights_fault
 from fmrizoo.trainer.export import ModelInfo as ModelInfo
 from fmrizoo.trainer.export import read_info as read_info
 from fmrizoo.trainer.export import read_model as read_model
@@ -40,7 +41,10 @@ class RunState:
         world_size: Ranks that wrote the checkpoint (only as many can load it).
         seconds: Training time so far, over all starts.
         recipe_hash: SHA-256 of the recipe's keys that decide the result.
-        best: The validation with the lowest loss so far.
+        best: The best validation so far.
+        best_step: Its step.
+        best_sha256: Of its weights file (:mod:`fmrizoo.trainer.best`); empty if none is kept.
+        waited: Validations since then.
     """
 
     step: int
@@ -49,6 +53,9 @@ class RunState:
     seconds: float
     recipe_hash: str
     best: dict[str, float] | None = None
+    best_step: int = 0
+    best_sha256: str = ""
+    waited: int = 0
 
 
 def name_of(step: int) -> str:
@@ -88,7 +95,22 @@ def seal(checkpoints: Path, state: RunState, keep: int) -> Path:
     write_text(checkpoints / "latest", final.name + "\n")
     for old in found(checkpoints)[keep:]:
         shutil.rmtree(old)
+    if state.best_sha256:
+        drop_weights(checkpoints.parent, best_steps(checkpoints))
     return final
+
+
+def best_steps(checkpoints: Path) -> set[int]:
+    """Steps whose best weights the checkpoints there count on."""
+    steps = set()
+    for folder in found(checkpoints):
+        try:
+            state = _state(folder)
+        except (CheckpointError, OSError, ValueError):
+            continue  # a torn checkpoint is never gone on from
+        if state.best_sha256:
+            steps.add(state.best_step)
+    return steps
 
 
 def found(checkpoints: Path) -> list[Path]:
@@ -135,8 +157,13 @@ def faults(folder: Path) -> list[str]:
     return wrong
 
 
-def newest_valid(checkpoints: Path) -> tuple[Path, RunState] | None:
+def newest_valid(checkpoints: Path, *, resume: bool = True) -> tuple[Path, RunState] | None:
     """The newest checkpoint whose checksums hold; torn ones are logged and passed over.
+
+    Args:
+        checkpoints: ``checkpoints/`` of a run folder.
+        resume: Also pass over one whose best weights are damaged: from an older one the run makes
+            them again.
 
     Returns:
         Its folder and state, or None where no checkpoint was ever published.
@@ -148,7 +175,11 @@ def newest_valid(checkpoints: Path) -> tuple[Path, RunState] | None:
     for folder in candidates:
         wrong = faults(folder)
         if not wrong:
-            return folder, _state(folder)
+            state = _state(folder)
+            if resume and state.best_sha256:
+                wrong = [weights_fault(checkpoints.parent, state.best_step, state.best_sha256)]
+            if not any(wrong):
+                return folder, state
         log.error("checkpoint %s is damaged and not used: %s", folder, "; ".join(wrong))
     if candidates:
         raise CheckpointError(

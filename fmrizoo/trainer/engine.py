@@ -17,7 +17,7 @@ What is decided here because DeepSpeed's own defaults would change the result si
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fmrizoo.config import TrainConfig
 from fmrizoo.errors import CheckpointError, RecipeError, TrainingError
 from fmrizoo.trainer.device import World, load_deepspeed
-from fmrizoo.types import Batch
+from fmrizoo.types import Batch, ReadBatch
 
 log = logging.getLogger(__name__)
 
@@ -62,41 +62,65 @@ def micro_batch(train: TrainConfig, world: World) -> int:
 
 
 def param_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices decay, vectors and marked parameters do not.
+    """Trainable parameters in groups of one learning rate and one weight decay each.
 
-    A parameter with a true attribute ``_no_weight_decay`` (the mark that mamba-ssm uses) never
-    decays. Frozen parameters are left out.
+    Matrices decay; vectors, and parameters with a true attribute ``_no_weight_decay`` (the mark
+    that mamba-ssm uses), do not. The rate is ``train.lr`` × the factor that ``model.lr_scales()``
+    gives by parameter name (1 where it names none, or the model has no such method). Groups come
+    in the order of their first parameter. Frozen parameters are in none, so that the optimizer
+    holds nothing for them.
 
     Raises:
-        RecipeError: nothing is left to train.
+        RecipeError: nothing is left to train, or factors that no parameter can have.
     """
-    decaying: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        marked = getattr(parameter, "_no_weight_decay", False)
-        (decaying if parameter.ndim >= 2 and not marked else plain).append(parameter)
-    if not decaying and not plain:
+    scales = lr_scales(model)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            marked = getattr(parameter, "_no_weight_decay", False)
+            decays = parameter.ndim >= 2 and not marked
+            groups.setdefault((scales.get(name, 1.0), decays), []).append(parameter)
+    if not groups:
         raise RecipeError("every parameter of the model is frozen: there is nothing to train")
-    groups = [
-        {"params": decaying, "lr": train.lr, "weight_decay": train.weight_decay},
-        {"params": plain, "lr": train.lr, "weight_decay": 0.0},
+    return [
+        {"params": some, "lr": train.lr * s, "weight_decay": train.weight_decay if decays else 0.0}
+        for (s, decays), some in groups.items()
     ]
-    return [g for g in groups if g["params"]]
 
 
-def effective_stage(train: TrainConfig) -> int:
+def lr_scales(model: nn.Module) -> dict[str, float]:
+    """Factor on the learning rate by parameter name, of a model that has ``lr_scales()``.
+
+    Raises:
+        RecipeError: a name that is no parameter, or a factor that is not above 0.
+    """
+    ask = getattr(model, "lr_scales", None)
+    if not callable(ask):
+        return {}
+    scales = {str(name): float(scale) for name, scale in ask().items()}
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if unknown := sorted(scales.keys() - known):
+        raise RecipeError(
+            f"learning-rate factors for {', '.join(unknown[:3])}, which "
+            f"{type(model).__name__} has no parameter of"
+        )
+    if bad := {n: s for n, s in scales.items() if not 0 < s < float("inf")}:
+        name, scale = next(iter(bad.items()))
+        raise RecipeError(
+            f"the learning-rate factor of {name} is {scale:g}: it must be above 0 (freeze what "
+            f"must not train)"
+        )
+    return scales
+
+
+def zero_stage(train: TrainConfig) -> int:
     """The ZeRO stage that runs (see the module's first note)."""
-    if train.zero_stage == 0 and train.precision == "bf16":
-        log.info("train.zero_stage=0 with bf16 runs as stage 1: DeepSpeed's stage 0 steps wrongly")
-        return 1
-    return train.zero_stage
+    return max(train.zero_stage, 1 if train.precision == "bf16" else 0)
 
 
 def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[str, Any]:
     """DeepSpeed's config dict for a model of so many ``parameters``."""
-    stage = effective_stage(train)
+    stage = zero_stage(train)
     # Buckets no larger than the model (DeepSpeed allocates them whole); it wants an even number.
     bucket = min(parameters + parameters % 2, 200_000_000)
     zero: dict[str, Any] = {
@@ -152,6 +176,7 @@ class Engine:
         dtype: Of the weights while training, and so of the clips.
         stage: ZeRO stage in effect.
         parameters: Number of parameters, frozen ones included.
+        lr: Base rate (factor 1 of :func:`param_groups`) of the last step; 0 before the first.
     """
 
     def __init__(
@@ -161,11 +186,14 @@ class Engine:
         self.model = model
         self.device = device
         self.dtype = DTYPES[train.precision]
-        self.stage = effective_stage(train)
+        self.stage = zero_stage(train)
+        if self.stage != train.zero_stage:
+            log.info("train.zero_stage=0 with bf16 runs as stage 1: stage 0 would step wrongly")
         self._exact = self._high_precision_copy(world)
         self.parameters = sum(p.numel() for p in model.parameters())
         groups = param_groups(model, train)
-        self._rates = [float(g["lr"]) for g in groups]
+        self._base, self._rates = train.lr, [float(g["lr"]) for g in groups]
+        self.lr = 0.0
         total = sum(p.numel() for p in model.parameters() if p.requires_grad)
         first, second = train.betas
         optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=train.eps)
@@ -187,12 +215,7 @@ class Engine:
             if name not in trained and value.is_floating_point()
         }
 
-    @property
-    def lr(self) -> float:
-        """Rate of the first group at the last step."""
-        return float(self._engine.optimizer.param_groups[0]["lr"])
-
-    def accumulate(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def accumulate(self, batch: Batch | ReadBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of one micro-batch; returns the unscaled loss and the logs.
 
         After the last micro-batch of a step the gradients are the mean over micro-batches and
@@ -221,6 +244,7 @@ class Engine:
         """
         for group, rate in zip(self._engine.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
+        self.lr = self._base * factor
         norm = self._own_norm() if self.stage == 0 else None
         if norm is None or torch.isfinite(torch.tensor(norm)):
             self._advance()
@@ -255,17 +279,31 @@ class Engine:
         if path is None:
             raise CheckpointError(f"{folder} holds no DeepSpeed checkpoint")
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def learned(self) -> set[str]:
+        """Names of what training may change: trained parameters, and all buffers."""
+        frozen = {
+            name
+            for name, p in self.model.named_parameters(remove_duplicate=False)
+            if not p.requires_grad
+        }
+        return set(self.model.state_dict()) - frozen
+
+    def weights(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """fp32 (or integer) value of every parameter and buffer, one after the other.
 
         Every rank must iterate: at stage 3 and in bf16 the values are gathered one at a time.
         Tensors of rank 0 are on the CPU and complete.
+
+        Args:
+            names: Only these (the same on every rank); None: all.
         """
         gathered = self._deepspeed.zero.GatheredParameters
         whole = self._deepspeed.utils.safe_get_full_fp32_param
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         for name in self.model.state_dict():
+            if names is not None and name not in names:
+                continue
             if name in parameters and parameters[name].requires_grad and self.stage > 0:
                 yield name, whole(parameters[name]).detach().cpu()
             elif name in parameters and self.stage == 3:

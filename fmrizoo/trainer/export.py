@@ -36,7 +36,9 @@ class ModelInfo:
         tasks: What the head predicts (fine-tuned models).
         seen_runs: Names of all runs whose BOLD the weights were trained on, those of the encoder
             the run started from included: what a test set must not contain.
-        step: Optimizer steps behind the weights.
+        step: Optimizer steps behind the weights (those of the best validation, if they are kept).
+        steps_taken: Optimizer steps that the run took in all.
+        stopped_early: It ended because its validations no longer got better.
         parameters: Number of parameters (filled by :func:`save_model`).
         fmrizoo_version: Version that wrote the folder.
         sha256: Of the weights file (filled by :func:`save_model`).
@@ -47,6 +49,8 @@ class ModelInfo:
     tasks: tuple[TaskSpec, ...] = ()
     seen_runs: tuple[str, ...] = ()
     step: int = 0
+    steps_taken: int = 0
+    stopped_early: bool = False
     parameters: int = 0
     fmrizoo_version: str = __version__
     sha256: str = ""

@@ -1,4 +1,4 @@
-"""The run folder: recipe.yaml, env.json, metrics.jsonl, checkpoints/, model/."""
+"""The run folder: recipe.yaml, env.json, metrics.jsonl, checkpoints/, best/, model/."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from fmrizoo.trainer.files import writing
 
 log = logging.getLogger(__name__)
 
-# May differ between two starts of one run: none of them changes a number that is computed.
+# May differ between two starts of one run: none of them changes a number that is computed, but
+# see _JUDGED_KEYS.
 SAFE_KEYS = frozenset(
     {
         "train.keep",
@@ -36,6 +37,9 @@ SAFE_KEYS = frozenset(
         "data.store",
     }
 )
+# But not once the validations decide which weights are exported, or how many steps are taken.
+_JUDGING_KEYS = ("train.patience", "train.keep_best")
+_JUDGED_KEYS = frozenset({"train.validate_every"})
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -49,15 +53,21 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def deciding_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe's leaves without those that may change when a run goes on."""
+def deciding_keys(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each recipe's leaves without those that may change when a run goes on."""
+    flat = [flatten(recipe) for recipe in recipes]
+    judged = any(keys.get(name) for keys in flat for name in _JUDGING_KEYS)
+    safe = SAFE_KEYS - _JUDGED_KEYS if judged else SAFE_KEYS
     # None and an absent key mean the same: to_dict leaves the sections that are None out.
-    return {k: v for k, v in flatten(recipe).items() if k not in SAFE_KEYS and v not in (None, {})}
+    return [
+        {k: v for k, v in keys.items() if k not in safe and v not in (None, {})} for keys in flat
+    ]
 
 
 def recipe_hash(recipe: Recipe) -> str:
     """SHA-256 of what :func:`deciding_keys` keeps."""
-    text = json.dumps(deciding_keys(to_dict(recipe)), sort_keys=True)
+    (keys,) = deciding_keys(to_dict(recipe))
+    text = json.dumps(keys, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -70,6 +80,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
+        self.features = path / "features"
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Refuse to go on under another recipe than the one the folder was started with.
@@ -86,8 +97,8 @@ class RunFolder:
             raise CheckpointError(f"{self.recipe} cannot be read: {error}") from None
         if not isinstance(loaded, dict):
             raise CheckpointError(f"{self.recipe} is not a recipe")
-        before = deciding_keys({str(k): v for k, v in loaded.items()})
-        after = deciding_keys(to_dict(recipe))
+        old = {str(k): v for k, v in loaded.items()}
+        before, after = deciding_keys(old, to_dict(recipe))
         changed = [
             f"{key}: {before.get(key)!r} → {after.get(key)!r}"
             for key in sorted(before.keys() | after.keys())
@@ -107,10 +118,13 @@ class RunFolder:
             write_json(self.path / "env.json", {**environment(), "git": git_commit(), **facts})
 
     def finished(self, steps: int) -> bool:
-        """True where the exported model stands behind all ``steps``."""
+        """True where the model was exported after all ``steps``, or after early stopping."""
         from fmrizoo.trainer.export import CONFIG, read_info
 
-        return (self.model / CONFIG).is_file() and read_info(self.model).step == steps
+        if not (self.model / CONFIG).is_file():
+            return False
+        info = read_info(self.model)
+        return info.stopped_early or info.steps_taken == steps
 
 
 def git_commit() -> str | None:
@@ -161,7 +175,8 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Make the lines so far survive a power cut (before a checkpoint that counts on them)."""
-        sync_file(self.path)
+        with writing("metrics", self.path):
+            sync_file(self.path)
 
     def close(self) -> None:
         """Flush and close."""

@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from fmrizoo.config import Recipe
+from fmrizoo.trainer.accounting import Accounting
 from fmrizoo.trainer.device import World
-from fmrizoo.types import Batch, Contract, TaskSpec
+from fmrizoo.types import Batch, Contract, ReadBatch, TaskSpec
+
+if TYPE_CHECKING:
+    from fmrizoo.trainer.cache import FeatureCache
 
 
 class CompactSamples(Protocol):
     """What a stream yields: samples that become a batch on the device."""
 
-    def to_batch(self, device: torch.device, dtype: torch.dtype = ...) -> Batch:
-        """Dense, normalised, on ``device``."""
+    def to_batch(self, device: torch.device, dtype: torch.dtype = ...) -> Batch | ReadBatch:
+        """Normalised clips, or what is known of them, on ``device``."""
         ...
 
 
@@ -38,7 +42,7 @@ class StepEvent:
     Attributes:
         step: Steps done, of ``steps``.
         loss: Mean over ranks and accumulation.
-        lr: Rate of the first parameter group at this step.
+        lr: Rate at this step of the parameters that have no factor of their own.
         grad_norm: Global norm before clipping.
         clips_per_second: Over all ranks, this step.
         logs: The model's own scalars, averaged likewise.
@@ -68,9 +72,11 @@ class TrainerInputs:
         world: This process among the ranks.
         validate: ``(model, device) -> metrics``; called in ``eval()`` without gradients on every
             rank (ZeRO 3 needs all of them); rank 0's answer counts. Cast clips to the dtype of the
-            model's parameters. A metric named ``loss`` decides which validation is the best.
+            model's parameters. ``train.monitor`` says which metric decides what is the best.
         on_step: Called on rank 0 after every step.
         contract, tasks, seen_runs: Stored with the exported model.
+        features: Made before the first step, removed after the export; its streams then stand in
+            for those of ``loader_for``, which must be :class:`fmrizoo.data.loader.Loader`.
     """
 
     model: nn.Module
@@ -83,6 +89,7 @@ class TrainerInputs:
     contract: Contract | None = None
     tasks: tuple[TaskSpec, ...] = ()
     seen_runs: Sequence[str] = ()
+    features: FeatureCache | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,8 @@ class TrainResult:
     Attributes:
         metrics: Last row of metrics.jsonl.
         validation: Last validation, if any.
-        best_validation: The one with the lowest ``loss`` (the last, where none has a loss).
+        best_validation: The best by ``train.monitor`` (the last, where none has that metric).
+        best_step: Its step; 0 without validations.
         step: Optimizer steps done in all.
         resumed_from: Step of the checkpoint that this call started from; None: from scratch.
         seconds: Training time over all starts.
@@ -100,6 +108,8 @@ class TrainResult:
         model: Folder of the exported weights; None when interrupted.
         interrupted: A signal stopped the run before its end.
         already_finished: Nothing was left to do.
+        stopped_early: The validations no longer got better (``train.patience``).
+        accounting: What trained; None where nothing was left to do.
     """
 
     metrics: dict[str, Any]
@@ -112,3 +122,6 @@ class TrainResult:
     model: Path | None
     interrupted: bool = False
     already_finished: bool = False
+    best_step: int = 0
+    stopped_early: bool = False
+    accounting: Accounting | None = None

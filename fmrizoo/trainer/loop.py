@@ -8,41 +8,46 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fmrizoo.config import to_dict
-from fmrizoo.errors import CheckpointError, FmrizooError, TrainingError
+from fmrizoo.errors import CheckpointError, RecipeError, TrainingError
 from fmrizoo.trainer import checkpoint
+from fmrizoo.trainer.accounting import Accounting, account
 from fmrizoo.trainer.checkpoint import RunState
 from fmrizoo.trainer.device import (
     init_distributed,
     resolve_device,
-    rng_state,
     seed_everything,
-    set_rng_state,
 )
-from fmrizoo.trainer.engine import Engine, accumulation, micro_batch, set_checkpointing
-from fmrizoo.trainer.export import ModelInfo, save_model
-from fmrizoo.trainer.files import writing
+from fmrizoo.trainer.engine import (
+    DTYPES,
+    Engine,
+    accumulation,
+    micro_batch,
+    set_checkpointing,
+)
+from fmrizoo.trainer.export import ModelInfo, read_info, save_model
 from fmrizoo.trainer.folder import MetricsFile, RunFolder, describe, read_metrics, recipe_hash
 from fmrizoo.trainer.inputs import BatchStream as BatchStream
 from fmrizoo.trainer.inputs import CompactSamples
 from fmrizoo.trainer.inputs import StepEvent as StepEvent
 from fmrizoo.trainer.inputs import TrainerInputs as TrainerInputs
 from fmrizoo.trainer.inputs import TrainResult as TrainResult
+from fmrizoo.trainer.ranks import Ranks
+from fmrizoo.trainer.saving import Saver
 from fmrizoo.trainer.schedule import factor
 from fmrizoo.trainer.signals import StopRequest
+from fmrizoo.trainer.validation import Watch, check_monitor, run_validation
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def train(inputs: TrainerInputs) -> TrainResult:
@@ -58,14 +63,18 @@ def train(inputs: TrainerInputs) -> TrainResult:
     """
     with StopRequest() as stop:
         run = _Run(inputs, stop)
-        if run.on_main(run.nothing_left):
+        if run.ranks.on_main(run.nothing_left):
             log.info("%s is already finished; nothing to do", inputs.out)
+            run.drop_features()
             return run.result(finished=True)
+        if not run.features():
+            return run.result(interrupted=True)
         run.start()
         try:
             interrupted = run.steps()
             if not interrupted:
                 run.export()
+                run.drop_features()
         finally:
             run.close()
         return run.result(interrupted=interrupted)
@@ -85,42 +94,16 @@ class _Run:
         self.step = 0
         self.resumed_from: int | None = None
         self.saved_at: int | None = None
-        self.before = 0.0  # seconds of earlier starts
-        self.best: dict[str, float] | None = None
+        self.before, self.began = 0.0, time.monotonic()  # seconds of earlier starts, this start
+        self.watch = Watch(self.cfg)
+        self.accounting: Accounting | None = None
         self.engine: Engine | None = None
+        self.saver: Saver | None = None
         self.metrics: MetricsFile | None = None
+        check_monitor(self.cfg, inputs.validate is not None)
+        _check_features(inputs)
         init_distributed(self.world, self.device)
-
-    # -- talking to the other ranks ---------------------------------------------------------
-
-    def everywhere(self, value: Any) -> Any:
-        """Rank 0's ``value`` on every rank."""
-        if self.world.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
-    def on_main(self, do: Callable[[], T]) -> T:
-        """Result of ``do`` on rank 0, on every rank; its error is raised on every rank too."""
-        answer: T | FmrizooError | None = None
-        if self.world.main:
-            try:
-                answer = do()
-            except FmrizooError as error:
-                answer = error
-        answer = self.everywhere(answer)
-        if isinstance(answer, FmrizooError):
-            raise answer
-        return cast(T, answer)
-
-    def reduced(self, values: list[float]) -> list[float]:
-        """Sum over ranks, in float64."""
-        if self.world.size == 1:
-            return values
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return cast(list[float], tensor.tolist())
+        self.ranks = Ranks(self.world, self.device)
 
     # -- start ------------------------------------------------------------------------------
 
@@ -129,17 +112,27 @@ class _Run:
         self.folder.check_recipe(self.inputs.recipe)
         return self.folder.finished(self.cfg.steps)
 
+    def features(self) -> bool:
+        """Make the features that the run is to read, if any; False when a signal cut it short."""
+        cache = self.inputs.features
+        if cache is None:
+            return True
+        # Before DeepSpeed changes the encoder's weights (dtype) or takes them apart (ZeRO 3).
+        dtype = DTYPES[self.cfg.precision]
+        return cache.build(self.device, dtype, self.ranks, lambda: self.stop.requested)
+
     def start(self) -> None:
         """Engine, checkpoint, folder: everything before the first step."""
         model = self.inputs.model
         set_checkpointing(model, self.cfg.checkpointing)
+        self.accounting = account(model, self.cfg, self.world.size)
         self.engine = Engine(model, self.cfg, self.world, self.device)
+        self.saver = Saver(self.engine, self.folder, self.ranks, self.cfg.keep)
         self._resume()
         if self.world.main:
             facts = describe(self.world, str(self.device))
-            self.folder.write_start(
-                self.inputs.recipe, {**facts, "resumed_from": self.resumed_from}
-            )
+            facts |= {"resumed_from": self.resumed_from, "accounting": self.accounting.to_dict()}
+            self.folder.write_start(self.inputs.recipe, facts)
             checkpoint.clear_partial(self.folder.checkpoints)
             self.metrics = MetricsFile(self.folder.metrics, self.step)
         log.info(
@@ -151,22 +144,22 @@ class _Run:
             self.micro,
             self.step,
         )
+        log.info("%s", self.accounting.sentence())
         self.began = time.monotonic()
 
     def _resume(self) -> None:
         """Load the newest whole checkpoint, or seed a fresh start."""
-        assert self.engine is not None
-        found = self.on_main(lambda: checkpoint.newest_valid(self.folder.checkpoints))
+        assert self.saver is not None
+        found = self.ranks.on_main(lambda: checkpoint.newest_valid(self.folder.checkpoints))
         if found is None:
             seed_everything(self.cfg.seed, self.world.rank)
             return
         folder, state = found
         self._check(folder, state)
-        self.engine.load(folder)
-        rng = torch.load(folder / _rng_name(self.world.rank), weights_only=True)
-        set_rng_state(rng, self.device)
+        self.saver.load(folder)
         self.step = self.resumed_from = self.saved_at = state.step
-        self.before, self.best = state.seconds, state.best
+        self.before = state.seconds
+        self.watch.recall(state)
         log.info("resuming from %s", folder)
 
     def _check(self, folder: Path, state: RunState) -> None:
@@ -182,17 +175,28 @@ class _Run:
                 f"choose another output folder"
             )
 
+    def over(self) -> bool:
+        """All steps are taken, or the validations have not got better for long enough."""
+        return self.step == self.cfg.steps or self.watch.over
+
+    @property
+    def stopped_early(self) -> bool:
+        """Ended by the validations, before all steps."""
+        return self.watch.over and self.step < self.cfg.steps
+
     # -- steps ------------------------------------------------------------------------------
 
     def steps(self) -> bool:
         """Take the remaining steps; True when a signal cut them short."""
-        if self.step == self.cfg.steps:
+        if self.over():
             return False
         stream = self.inputs.loader_for(self.world, self.micro)
+        if self.inputs.features is not None:
+            stream = self.inputs.features.stream("train", stream)
         batches = stream.batches(start=self.step * self.accumulate)
         self.inputs.model.train()
         try:
-            while self.step < self.cfg.steps:
+            while not self.over():
                 if self._one(batches):
                     self.save()
                     return True
@@ -226,14 +230,16 @@ class _Run:
         speed = self.cfg.batch_size / max(time.monotonic() - began, 1e-9)
         mean = means.pop("loss")
         self._after(StepEvent(self.step, self.cfg.steps, mean, self.engine.lr, norm, speed, means))
-        return stop and self.step < self.cfg.steps
+        return stop and not self.over()
 
     def _together(self, sums: dict[str, Tensor]) -> tuple[bool, bool, dict[str, float]]:
         """Has any rank a loss that is not finite; is any asked to stop; means over all ranks."""
         # One copy from the device and one collective a step, which the display needs anyway.
         values = cast(list[float], torch.stack(list(sums.values())).tolist())
         finite = all(math.isfinite(v) for n, v in zip(sums, values, strict=True) if n == "loss")
-        bad, stop, *totals = self.reduced([float(not finite), float(self.stop.requested), *values])
+        bad, stop, *totals = self.ranks.reduced(
+            [float(not finite), float(self.stop.requested), *values]
+        )
         count = self.accumulate * self.world.size
         means = {name: total / count for name, total in zip(sums, totals, strict=True)}
         return bad > 0, stop > 0, means
@@ -254,10 +260,13 @@ class _Run:
 
     def _after(self, event: StepEvent) -> None:
         """Validation, metrics, checkpoint and display of one step."""
-        last = event.step == self.cfg.steps
         validation = None
-        if self.inputs.validate and (last or _due(event.step, self.cfg.validate_every)):
-            validation = self._validate()
+        if self.inputs.validate and (self.over() or _due(event.step, self.cfg.validate_every)):
+            answer = run_validation(self.inputs.validate, self.inputs.model, self.device)
+            validation = cast(dict[str, float], self.ranks.everywhere(answer))
+            if self.watch.take(event.step, validation) and self.cfg.keep_best:
+                self.watch.sha256 = cast(Saver, self.saver).keep_best(event.step)
+        last = self.over()
         if self.world.main and (last or validation or _due(event.step, self.cfg.log_every)):
             self._write(event, validation)
         if last or _due(event.step, self.cfg.save_every):
@@ -280,23 +289,9 @@ class _Run:
         }
         if validation is not None:
             row["validation"] = validation
+        if self.stopped_early:
+            row["stopped_early"] = True
         self.metrics.write(row)
-
-    def _validate(self) -> dict[str, float]:
-        """Metrics of ``inputs.validate``; training's random numbers go on as if it had not been."""
-        assert self.inputs.validate is not None
-        model, state = self.inputs.model, rng_state(self.device)
-        model.eval()
-        try:
-            with torch.no_grad():
-                values = self.inputs.validate(model, self.device)
-        finally:
-            model.train()
-            set_rng_state(state, self.device)
-        values = self.everywhere(_finite(values))
-        if self.best is None or values.get("loss", -math.inf) < self.best.get("loss", math.inf):
-            self.best = values
-        return cast(dict[str, float], values)
 
     def _seconds(self) -> float:
         return self.before + time.monotonic() - self.began
@@ -307,49 +302,52 @@ class _Run:
         """Publish a checkpoint of the current step (all ranks)."""
         if self.saved_at == self.step:
             return
-        assert self.engine is not None
-        partial = checkpoint.partial_folder(self.folder.checkpoints, self.step)
-        try:
-            with writing(f"the checkpoint of step {self.step}", self.folder.checkpoints):
-                self._write_checkpoint(partial)
-        except CheckpointError:
-            # What is there of it only takes the room that the next attempt needs.
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        assert self.saver is not None
+        if self.metrics is not None:
+            self.metrics.sync()
+        state = RunState(
+            step=self.step,
+            micro_step=self.step * self.accumulate,
+            world_size=self.world.size,
+            seconds=self._seconds(),
+            recipe_hash=self.hash,
+            best=self.watch.best,
+            best_step=self.watch.step,
+            best_sha256=self.watch.sha256,
+            waited=self.watch.waited,
+        )
+        self.saver.save(state)
         self.saved_at = self.step
 
-    def _write_checkpoint(self, partial: Path) -> None:
-        assert self.engine is not None
-        if self.world.main:
-            partial.mkdir(parents=True)
-            cast(MetricsFile, self.metrics).sync()
-        dist.barrier()
-        self.engine.save(partial)
-        torch.save(rng_state(self.device), partial / _rng_name(self.world.rank))
-        dist.barrier()
-        if self.world.main:
-            micro = self.step * self.accumulate
-            state = RunState(
-                self.step, micro, self.world.size, self._seconds(), self.hash, self.best
-            )
-            checkpoint.seal(self.folder.checkpoints, state, self.cfg.keep)
-        dist.barrier()
-
     def export(self) -> None:
-        """Write ``model/`` (all ranks gather, rank 0 writes)."""
-        assert self.engine is not None
-        kept = {name: value for name, value in self.engine.weights() if self.world.main}
-        if self.world.main:
-            info = ModelInfo(
-                recipe=to_dict(self.inputs.recipe),
-                contract=self.inputs.contract,
-                tasks=self.inputs.tasks,
-                seen_runs=tuple(self.inputs.seen_runs),
-                step=self.step,
-                parameters=self.engine.parameters,
+        """Write ``model/`` (all ranks gather, rank 0 writes), with the best weights if kept."""
+        assert self.engine is not None and self.saver is not None
+        if self.stopped_early:
+            log.info(
+                "stopped after step %d of %d: %d validations no better than that of step %d",
+                self.step,
+                self.cfg.steps,
+                self.watch.waited,
+                self.watch.step,
             )
-            save_model(self.folder.model, kept, info)
-        dist.barrier()
+        best = (self.watch.step, self.watch.sha256) if self.cfg.keep_best else None
+        kept = self.saver.weights(best)
+        info = ModelInfo(
+            recipe=to_dict(self.inputs.recipe),
+            contract=self.inputs.contract,
+            tasks=self.inputs.tasks,
+            seen_runs=tuple(self.inputs.seen_runs),
+            step=self.watch.step if self.cfg.keep_best else self.step,
+            steps_taken=self.step,
+            stopped_early=self.stopped_early,
+            parameters=self.engine.parameters,
+        )
+        self.ranks.on_main(lambda: save_model(self.folder.model, kept, info))
+
+    def drop_features(self) -> None:
+        """Remove the features of a finished run: they are large, and can be made again."""
+        if self.inputs.features is not None and self.world.main:
+            self.inputs.features.remove()
 
     def close(self) -> None:
         """Release the engine and the metrics file."""
@@ -361,17 +359,20 @@ class _Run:
     def result(self, *, interrupted: bool = False, finished: bool = False) -> TrainResult:
         """Read from the folder, so that a finished run reports what it reported then."""
         rows = read_metrics(self.folder.metrics)
-        best = self.best
+        stopped = self.stopped_early
         if finished:
-            newest = checkpoint.newest_valid(self.folder.checkpoints)
-            if newest is not None:
-                best, self.before = newest[1].best, newest[1].seconds
-            self.step = self.cfg.steps
+            found = checkpoint.newest_valid(self.folder.checkpoints, resume=False)
+            if found is not None:
+                self.before = found[1].seconds
+                self.watch.recall(found[1])
+            info = read_info(self.folder.model)
+            self.step, stopped = info.steps_taken, info.stopped_early
         validations = [row["validation"] for row in rows if row.get("validation")]
         return TrainResult(
             metrics=rows[-1] if rows else {},
             validation=validations[-1] if validations else None,
-            best_validation=best,
+            best_validation=self.watch.best,
+            best_step=self.watch.step,
             step=self.step,
             resumed_from=self.resumed_from,
             seconds=self.before if finished else self._seconds(),
@@ -379,19 +380,17 @@ class _Run:
             model=None if interrupted else self.folder.model,
             interrupted=interrupted,
             already_finished=finished,
+            stopped_early=stopped,
+            accounting=self.accounting,
         )
 
 
-def _finite(values: dict[str, float]) -> dict[str, float]:
-    """Metrics that exist: one that is undefined for these data (None, NaN) is left out."""
-    kept = {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
-    if missing := sorted(set(values) - set(kept)):
-        log.info("validation metrics without a value: %s", ", ".join(missing))
-    return kept
-
-
-def _rng_name(rank: int) -> str:
-    return f"rng-{rank:05d}.pt"
+def _check_features(inputs: TrainerInputs) -> None:
+    """Refuse a recipe whose features nobody can make."""
+    if inputs.recipe.train.cache_features and inputs.features is None:
+        raise RecipeError(
+            "train.cache_features=true is for heads on a frozen encoder, and this run has none"
+        )
 
 
 def _due(step: int, every: int) -> bool:

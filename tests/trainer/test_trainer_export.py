@@ -19,7 +19,10 @@ from fmrizoo.types import Contract, TaskSpec
 INFO = ModelInfo(
     recipe={"backbone": {"name": "tiny", "depths": [2, 2]}},
     contract=Contract("native", "RAS", (2, 2, 2), (3.0, 3.0, 3.5), 2.5),
-    task=TaskSpec("classification", ("face", "house")),
+    tasks=(
+        TaskSpec("classification", ("face", "house"), weights=(0.5, 1.5), smoothing=0.1),
+        TaskSpec("regression", mean=31.5, std=4.0, name="age"),
+    ),
     seen_runs=("sub-002_run-01", "sub-001_run-01"),
     step=12,
 )
@@ -34,7 +37,7 @@ def test_round_trip(tmp_path: Path) -> None:
     other.load_state_dict(tensors)
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value) and tensors[name].dtype == value.dtype
-    assert info.recipe == INFO.recipe and info.contract == INFO.contract and info.task == INFO.task
+    assert info.recipe == INFO.recipe and info.contract == INFO.contract and info.tasks == INFO.tasks
     assert info.seen_runs == ("sub-001_run-01", "sub-002_run-01") and info.step == 12
     assert info.parameters == sum(p.numel() for p in model.parameters())
     assert info.sha256 == written.sha256 and read_info(tmp_path / "model") == info
@@ -71,8 +74,8 @@ def test_flipped_bit_and_foreign_weights_are_refused(tmp_path: Path) -> None:
     [
         ({"schema": "other/1"}, "schema is 'other/1'"),
         ({"surprise": 1}, r"unknown fields \['surprise'\]"),
-        ({"task": {"kind": "classification"}}, "missing or malformed: 'classes'"),
-        ({"task": {"kind": "guessing", "classes": []}}, "task must be"),
+        ({"tasks": [{"kind": "classification"}]}, "missing or malformed: 'classes'"),
+        ({"tasks": [{"kind": "guessing", "classes": [], "weights": []}]}, "task must be"),
         ({"contract": {"space": "native"}}, "contract is incomplete"),
     ],
 )
