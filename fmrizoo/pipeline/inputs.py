@@ -1,0 +1,194 @@
+"""What all jobs need before they start: data, split, encoder, and the checks between them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmrizoo.config import Recipe
+from fmrizoo.data.clips import ClipTable
+from fmrizoo.data.loader import Loader
+from fmrizoo.data.splits import Split, make_split, unit_of
+from fmrizoo.data.store import RunInfo, Store
+from fmrizoo.errors import DataError, RecipeError
+from fmrizoo.types import Backbone, Grid, RunKey, TaskSpec
+from fmrizoo.zoo import load_encoder, model_folder
+
+if TYPE_CHECKING:
+    from fmrizoo.trainer.device import World
+    from fmrizoo.trainer.inputs import StepEvent, TrainResult
+
+log = logging.getLogger(__name__)
+
+SPLIT = "split.json"
+OnStep = Callable[["StepEvent"], None]
+
+
+@dataclass(frozen=True)
+class JobData:
+    """The store, the chosen runs and their split."""
+
+    store: Store
+    runs: list[RunInfo]
+    split: Split
+
+    def part(self, name: str) -> list[RunInfo]:
+        """Runs of ``train``, ``validation`` or ``test``."""
+        return [self.store[run] for run in self.split.parts()[name]]
+
+    def windows(self, part: str, recipe: Recipe) -> ClipTable | None:
+        """All windows of a part; None where it has no run."""
+        runs = self.part(part)
+        return ClipTable.windows(self.store, runs, recipe.data) if runs else None
+
+    def labelled(self, part: str, recipe: Recipe) -> ClipTable | None:
+        """The labelled clips of a part; None where it has no run."""
+        runs = self.part(part)
+        return ClipTable.labelled(self.store, runs, recipe.data, recipe.task) if runs else None
+
+
+def open_data(recipe: Recipe) -> JobData:
+    """Open the recipe's store and draw (or read) its split.
+
+    Raises:
+        RecipeError: no store is named.
+        DataError, CorruptStoreError: unusable data.
+    """
+    if not recipe.data.store:
+        raise RecipeError("data.store is empty: add data.store=FOLDER (made by `fmrizoo prepare`)")
+    store = Store(recipe.data.store)
+    runs = store.select(recipe.data.select)
+    return JobData(store, runs, make_split(store, runs, recipe.split))
+
+
+def fit_grid(backbone: Backbone, table: ClipTable) -> None:
+    """Say how the store's grid sits in the backbone's; refuse one that does not fit."""
+    have, room = table.grid, backbone.clip_grid
+    if backbone.any_length:
+        room = room._replace(t=max(room.t, have.t))
+    if any(h > r for h, r in zip(have, room, strict=True)):
+        raise RecipeError(
+            f"the store's clips are {have} but the backbone is built for {room}: "
+            f"set backbone.img_size={list(have)}"
+        )
+    if have[:3] != room[:3]:
+        padded = Grid(*room[:3], have.t)
+        log.info("clips of %s are padded with background to %s", have, padded)
+
+
+def loader(
+    table: ClipTable,
+    recipe: Recipe,
+    micro: int,
+    tasks: Sequence[TaskSpec] = (),
+    world: World | None = None,
+) -> Loader:
+    """Micro-batches of this rank (``world`` None: everything on one rank)."""
+    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    seed = recipe.train.seed
+    return Loader(table, recipe.data, micro, rank=rank, world=ranks, seed=seed, tasks=tuple(tasks))
+
+
+def whole(table: ClipTable, recipe: Recipe, tasks: Sequence[TaskSpec] = ()) -> Loader:
+    """Every clip once, in order, on one rank."""
+    return loader(table, recipe, eval_batch(recipe), tasks)
+
+
+def eval_batch(recipe: Recipe) -> int:
+    """Clips at a time where nothing is trained."""
+    train = recipe.train
+    return train.max_micro_batch or max(1, train.batch_size // train.accumulate)
+
+
+def run_training(inputs: Any) -> TrainResult:
+    """Import the trainer only when something trains."""
+    from fmrizoo.trainer.loop import train
+
+    return train(inputs)
+
+
+def save_split(split: Split, out: Path, recipe: Recipe, world: World) -> None:
+    """Write the split before training; a run that was started with another one is refused."""
+    from fmrizoo.trainer.device import resolve_device
+    from fmrizoo.trainer.engine import micro_batch
+
+    # What the trainer would refuse at once is refused before anything is written.
+    micro_batch(recipe.train, world)
+    resolve_device(recipe.train.device, world)
+    path = out / SPLIT
+    if path.is_file() and (out / "recipe.yaml").is_file():
+        if Split.load(path).sha != split.sha:
+            raise RecipeError(f"{path} is another split than the recipe now makes")
+    elif world.main:
+        split.save(path)
+
+
+def check_monitor(recipe: Recipe, data: JobData) -> None:
+    """Choosing weights by validation needs validation runs."""
+    for key in ("patience", "keep_best"):
+        value = getattr(recipe.train, key)
+        if value and not data.split.validation:
+            raise RecipeError(
+                f"train.{key}={value} needs validation runs, but split.validation="
+                f"{recipe.split.validation:g} holds none out"
+            )
+
+
+def encoder_folder(recipe: Recipe) -> Path:
+    """``init_from`` with ``{fold}`` filled in, or its ``seed-<s>/fold-<k>`` if there is one."""
+    path = Path(str(recipe.init_from).replace("{fold}", str(recipe.split.fold)))
+    for part in (f"seed-{recipe.train.seed}", f"fold-{recipe.split.fold}"):
+        path = path / part if (path / part).is_dir() else path
+    return model_folder(path)
+
+
+def start_encoder(
+    backbone: Backbone, recipe: Recipe, data: JobData, table: ClipTable, unseen: Sequence[str]
+) -> list[str]:
+    """Load the weights of ``init_from`` into ``backbone``, if the recipe has it.
+
+    Args:
+        backbone: With fresh weights.
+        recipe: With ``init_from`` or without.
+        data: The job's.
+        table: Clips whose preprocessing contract must be that of the weights.
+        unseen: Parts of the split whose runs the weights must never have seen.
+
+    Returns:
+        Names of all runs that the weights will have seen after this job's training.
+
+    Raises:
+        CheckpointError: no model there, or one of other data.
+        DataError: it has seen what it must not.
+    """
+    if not recipe.init_from:
+        return list(data.split.train)
+    source = encoder_folder(recipe)
+    contract, earlier = load_encoder(backbone, source)
+    check_contract(contract, table, recipe, source)
+    _check_leak(earlier, data, unseen)
+    return sorted({*data.split.train, *earlier})
+
+
+def check_contract(contract: Any, table: ClipTable, recipe: Recipe, source: Path) -> None:
+    """The model's preprocessing contract must be the data's."""
+    from fmrizoo.trainer.export import check_contract
+
+    check_contract(contract, table.contract(recipe.data.normalization), source, table.store.path)
+
+
+def _check_leak(seen: Sequence[str], data: JobData, parts: Sequence[str]) -> None:
+    """Refuse an encoder that was trained on units of ``parts``, even without their labels."""
+    by = data.split.config.by
+    known = {unit_of(RunKey.parse(name), by) for name in seen}
+    for part in parts:
+        for run in data.part(part):
+            if unit_of(run.key, by) in known:
+                raise DataError(
+                    f"the encoder has seen {run.name} in pretraining, which is in the {part} part "
+                    "of this split: pretrain with the same split settings (split.seed, split.folds,"
+                    " split.fold), or start from another encoder"
+                )
