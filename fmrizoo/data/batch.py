@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -103,6 +103,11 @@ class CompactSample(ClipFacts):
     rows: Array
     decode: RunDecode
     seed: int
+
+    @property
+    def facts(self) -> ClipFacts:
+        """All but the voxels, which then need not be kept."""
+        return ClipFacts(**{f.name: getattr(self, f.name) for f in fields(ClipFacts)})
 
 
 def batch_target(clips: Sequence[ClipFacts], device: torch.device | str = "cpu") -> Tensor | None:

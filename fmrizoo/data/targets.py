@@ -85,9 +85,10 @@ def check_labels(table: ClipTable, tasks: Sequence[TaskSpec], part: str) -> None
             label = labels[k]
             if label is None or task.kind == "regression" or str(label) in task.classes:
                 continue
+            way = " or name all task.levels" if task.kind == "ordinal" else ""
             raise DataError(
                 f"{unit} of the {part} part has {task.name} {str(label)!r}, which no training unit "
-                f"has (known: {', '.join(task.classes)}): use fewer folds or another split.by"
+                f"has (known: {', '.join(task.classes)}): use fewer folds, another split.by{way}"
             )
 
 

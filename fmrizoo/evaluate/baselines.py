@@ -15,23 +15,24 @@ from pathlib import Path
 from fmrizoo.config import DataConfig, TaskConfig
 from fmrizoo.data.splits import Split
 from fmrizoo.data.store import Store
+from fmrizoo.data.targets import check_labels, fit_tasks
 from fmrizoo.evaluate import metrics
-from fmrizoo.evaluate.clip_features import LabelledClips, Maker, read_clips, task_spec
+from fmrizoo.evaluate.clip_features import LabelledClips, Maker, read_clips
 from fmrizoo.evaluate.linear import Fitted, fit
 from fmrizoo.evaluate.predictions import Prediction, aggregate, evaluate, write_predictions
 from fmrizoo.evaluate.results import Parameters, Result, TaskInfo, write_result
+from fmrizoo.evaluate.rows import PREDICTIONS, target_folders
 from fmrizoo.types import TaskSpec
 
 log = logging.getLogger(__name__)
 
-PREDICTIONS = "predictions.tsv"
 TITLES = {
     "voxels": "Voxels",
     "components": "PCA whitening",
     "parcels": "ROI means",
     "connectivity": "Connectivity",
 }
-MODELS = {"classification": "logistic", "regression": "ridge"}
+MODELS = {"classification": "logistic", "regression": "ridge", "ordinal": "ridge"}
 NOTES = {
     "voxels": "mean of each brain voxel over the clip",
     "components": "label-free principal components of all training frames, scaled to unit variance",
@@ -42,7 +43,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class BaselineResult:
-    """One baseline on one fold: its result, and its test predictions (none for chance)."""
+    """One baseline on one fold and target: its result, its test predictions (none for chance)."""
 
     result: Result
     predictions: tuple[Prediction, ...] = ()
@@ -57,7 +58,7 @@ class BaselineResult:
 def run_baselines(
     store: Store, split: Split, data: DataConfig, task: TaskConfig, *, seed: int = 0
 ) -> list[BaselineResult]:
-    """All baselines on one split, in the schema of fine-tuning results.
+    """All baselines on one split, target by target, in the schema of fine-tuning results.
 
     - *Chance*: the better of the majority class and a draw from the training frequencies.
     - *Voxels*: every brain voxel's mean over the clip.
@@ -67,10 +68,14 @@ def run_baselines(
     - *Connectivity*: Fisher z of the parcels' correlations, within the clip for events, over the
       whole run for a subject's traits.
 
-    Each feeds a logistic regression (ridge for regression); see :func:`fmrizoo.evaluate.linear.fit`
-    for the strength of its penalty. For events, voxels are z-scored over their run first, whatever
-    ``data.normalization`` says: it is the usual form for decoding and needs no label. For traits a
-    voxel's mean over the run is the signal, so ``data.normalization`` is kept.
+    Each feeds a logistic regression (ridge for values and levels); see
+    :func:`fmrizoo.evaluate.linear.fit`, also for the strength of its penalty. Several targets are
+    fitted one by one, each on the units that have it; ``task.class_weights`` and
+    ``task.label_smoothing`` are a head's and change no baseline.
+
+    For events, voxels are z-scored over their run first, whatever ``data.normalization`` says: it
+    is the usual form for decoding and needs no label. For traits a voxel's mean over the run is
+    the signal, so ``data.normalization`` is kept.
 
     Raises:
         DataError: no training or test clip, or a class that the training runs lack.
@@ -78,36 +83,61 @@ def run_baselines(
     started = time.perf_counter()
     if task.source == "events":
         data = replace(data, normalization="voxel")
-    clips = read_clips(store, split.train, data, task)
-    spec = task_spec(task.kind, [c.label for c in clips])
+    # Labels alone: voxels of test runs are read when every model is finished.
+    parts = {
+        part: read_clips(store, runs, data, task) for part, runs in split.parts().items() if runs
+    }
+    tasks = fit_tasks(parts["train"], task)
+    for part in parts.keys() - {"train"}:
+        check_labels(parts[part], tasks, part)
     maker = Maker.fit(store, split.train, data, task, seed=seed)
-    train, validation = maker.make(clips, spec), None
-    if split.validation:
-        validation = maker.make(read_clips(store, split.validation, data, task), spec)
-    models = {}
-    for name in train.features:
-        held_out = validation.part(name) if validation else None
-        # Whitening already set the scale of the components; scaling again would undo it.
-        models[name] = fit(
-            task.kind, train.part(name), held_out, standardize=name != "components", seed=seed
-        )
-        log.info("baseline %s: C = %g", name, models[name].c)
-    test = maker.make(read_clips(store, split.test, data, task), spec)
-    info = TaskInfo(task.target, task.kind, spec.classes, task.level)
+    train = maker.make(parts["train"], tasks)
+    validation = maker.make(parts["validation"], tasks) if "validation" in parts else None
+    models = [_fit(spec, k, train, validation, seed) for k, spec in enumerate(tasks)]
+    test = maker.make(parts["test"], tasks)
     seconds = time.perf_counter() - started
-    writer = _Writer(info, split, seed, _chance(spec, train, test), seconds)
-    found = [writer.chance(len(test.unit_targets()))]
-    found += [writer.fitted(name, m, validation, test) for name, m in models.items()]
-    return found + [writer.absent(name, why) for name, why in maker.absent.items()]
+    found: list[BaselineResult] = []
+    for k, spec in enumerate(tasks):
+        own, held_out = test.target(k), validation.target(k) if validation else None
+        info = TaskInfo(spec.name, spec.kind, spec.classes, task.level)
+        writer = _Writer(info, split, seed, _chance(spec, train.target(k), own), seconds)
+        found.append(writer.chance(len(own.unit_targets())))
+        found += [writer.fitted(name, m, held_out, own) for name, m in models[k].items()]
+        found += [writer.absent(name, why) for name, why in maker.absent.items()]
+    return found
+
+
+def _fit(
+    spec: TaskSpec, k: int, train: LabelledClips, validation: LabelledClips | None, seed: int
+) -> dict[str, Fitted]:
+    """A model of the ``k``-th target by feature."""
+    own, held_out, models = train.target(k), validation.target(k) if validation else None, {}
+    for name in own.features:
+        models[name] = fit(
+            spec.kind,
+            own.part(name),
+            held_out.part(name) if held_out else None,
+            # Whitening already set the scale of the components; scaling again would undo it.
+            standardize=name != "components",
+            levels=len(spec.classes) if spec.kind == "ordinal" else 0,
+            seed=seed,
+        )
+        log.info("baseline %s of %s: C = %g", name, spec.name, models[name].c)
+    return models
 
 
 def write_baselines(folder: Path, found: Sequence[BaselineResult]) -> list[Path]:
-    """``folder/<slug>/results.json`` and ``predictions.tsv`` per baseline; their folders."""
-    paths = []
+    """``results.json`` and ``predictions.tsv`` per baseline; their folders.
+
+    In ``folder/<slug>``, with several targets in ``folder/<target>/<slug>``.
+    """
+    targets = list(dict.fromkeys(baseline.result.task.target for baseline in found))
+    tops, paths = target_folders(folder, targets, below=""), []
     for baseline in found:
-        path, task = folder / baseline.slug, baseline.result.task
+        task = baseline.result.task
+        path = tops[task.target] / baseline.slug
         if baseline.predictions:
-            spec = TaskSpec(task.kind, task.classes)
+            spec = TaskSpec(task.kind, task.classes, name=task.target)
             write_predictions(path / PREDICTIONS, baseline.predictions, spec)
         write_result(path, baseline.result)
         paths.append(path)
@@ -118,7 +148,7 @@ def predict(model: Fitted, name: str, clips: LabelledClips) -> list[Prediction]:
     """Unit-level predictions from the feature called ``name``."""
     scores, rows = model.scores(clips.features[name]), clips.rows[name]
     each = [
-        Prediction(c.unit, c.subject, c.run, float(clips.targets[i]), tuple(s.tolist()))
+        Prediction(c.unit, c.subject, c.run, float(clips.targets[i, 0]), tuple(s.tolist()))
         for i, s in zip(rows, scores, strict=True)
         for c in [clips.clips[i]]
     ]
@@ -159,6 +189,8 @@ class _Writer:
         note = "the better of the most frequent training class and a draw from their frequencies"
         if self.task.kind == "regression":
             note = "always the mean of the training units"
+        elif self.task.kind == "ordinal":
+            note = "guessing from the training levels; the error is that of always their median"
         return BaselineResult(self._result("Chance", n, self.guess.values, note))
 
     def name(self, feature: str) -> str:
@@ -173,7 +205,8 @@ class _Writer:
         if validation:
             held_out = evaluate(predict(model, name, validation), self.task.kind)
             result = replace(result, validation=held_out.values)
-        size = Parameters(model.weights.size + model.bias.size, 0)
+        outputs = 1 if self.task.kind == "ordinal" else model.bias.size
+        size = Parameters((len(model.weights) + 1) * outputs, 0)
         return BaselineResult(replace(result, parameters=size), tuple(rows))
 
     def absent(self, name: str, why: str) -> BaselineResult:

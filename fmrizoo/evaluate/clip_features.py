@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmrizoo.config import DataConfig, TaskConfig
+from fmrizoo.data.batch import ClipFacts
 from fmrizoo.data.clips import ClipTable
+from fmrizoo.data.loader import ClipDataset
 from fmrizoo.data.store import Store
-from fmrizoo.errors import DataError
 from fmrizoo.evaluate.features import (
     MIN_FRAMES,
     MIN_PARCELS,
@@ -32,52 +33,43 @@ Array = NDArray[np.float64]
 MAX_CELLS = 200_000_000
 
 
-@dataclass(frozen=True)
-class Clip:
-    """One labelled clip: where it starts, which unit it belongs to, and that unit's label."""
-
-    run: str
-    subject: str
-    start: int
-    unit: str
-    label: str | float
-
-
-def read_clips(store: Store, runs: Sequence[str], data: DataConfig, task: TaskConfig) -> list[Clip]:
-    """The labelled clips of ``runs`` (names), in the order of the data room's table."""
-    table = ClipTable.labelled(store, [store[name] for name in runs], data, task)
-    owners = [table.runs[i] for i in table.run]
-    rows = zip(owners, table.start.tolist(), table.labels or (), strict=True)
-    return [
-        Clip(run.name, run.subject, start, table.unit(i), label)
-        for i, (run, start, label) in enumerate(rows)
-    ]
-
-
-def task_spec(kind: str, labels: Sequence[str | float]) -> TaskSpec:
-    """Classes (sorted) or mean and s.d., from the training clips' labels only."""
-    if kind == "classification":
-        return TaskSpec(kind, tuple(sorted({str(label) for label in labels})))
-    values = np.array(labels, dtype=np.float64)
-    return TaskSpec(kind, mean=float(values.mean()), std=float(values.std()))
+def read_clips(store: Store, runs: Sequence[str], data: DataConfig, task: TaskConfig) -> ClipTable:
+    """The labelled clips of ``runs`` (names); no voxel is read."""
+    return ClipTable.labelled(store, [store[name] for name in runs], data, task)
 
 
 @dataclass(frozen=True)
 class LabelledClips:
-    """Clips with targets, and per feature name the matrix and the clips that its rows stand for."""
+    """Clips with targets, and per feature name the matrix and the clips that its rows stand for.
 
-    clips: tuple[Clip, ...]
+    Attributes:
+        targets: ``(n, targets)``, NaN = missing.
+    """
+
+    clips: tuple[ClipFacts, ...]
     targets: Array
     features: dict[str, Array]
     rows: dict[str, NDArray[np.int64]]
 
+    def target(self, k: int) -> LabelledClips:
+        """Only the clips that have the ``k``-th target, and only that target."""
+        known = np.isfinite(self.targets[:, k])
+        place = np.cumsum(known) - 1
+        kept = {name: known[rows] for name, rows in self.rows.items()}
+        return LabelledClips(
+            tuple(c for c, keep in zip(self.clips, known, strict=True) if keep),
+            self.targets[known][:, k : k + 1],
+            {name: x[kept[name]] for name, x in self.features.items()},
+            {name: place[rows[kept[name]]] for name, rows in self.rows.items()},
+        )
+
     def part(self, name: str) -> Part:
-        """Features and targets for fitting."""
-        return Part(self.features[name], self.targets[self.rows[name]])
+        """Features and the (only) target for fitting."""
+        return Part(self.features[name], self.targets[self.rows[name], 0])
 
     def unit_targets(self) -> Array:
-        """One target per unit."""
-        units = {c.unit: y for c, y in zip(self.clips, self.targets, strict=True)}
+        """The (only) target, once per unit."""
+        units = {c.unit: y for c, y in zip(self.clips, self.targets[:, 0], strict=True)}
         return np.array(list(units.values()))
 
 
@@ -121,15 +113,15 @@ class Maker:
             absent["connectivity"] = f"the brain makes only {len(weights)} parcels"
         return cls(frames, data, weights, whitening, traits, store, absent)
 
-    def make(self, clips: Sequence[Clip], spec: TaskSpec) -> LabelledClips:
+    def make(self, table: ClipTable, tasks: Sequence[TaskSpec]) -> LabelledClips:
         """Read the clips and compute every feature that applies.
 
         Raises:
-            DataError: no clip, or a class that the training runs lack.
+            DataError: a class that the training runs lack.
         """
-        if not clips:
-            raise DataError("a part of the split has no labelled clip")
-        targets = np.array([_target(c, spec) for c in clips])
+        facts = ClipDataset(table, self.data, tasks).facts
+        clips = [facts(i) for i in range(len(table))]
+        targets = np.array([c.targets for c in clips], dtype=np.float64)
         every = np.arange(len(clips))
         means, series = [], []
         wanted = "connectivity" not in self.absent
@@ -164,18 +156,7 @@ class Maker:
         return connectivity(np.concatenate(blocks, axis=1)[None])
 
 
-def _first_of_runs(clips: Sequence[Clip]) -> NDArray[np.int64]:
+def _first_of_runs(clips: Sequence[ClipFacts]) -> NDArray[np.int64]:
     """Index of the first clip of each run."""
     first = np.unique([c.run for c in clips], return_index=True)[1]
     return np.sort(first).astype(np.int64)
-
-
-def _target(clip: Clip, spec: TaskSpec) -> float:
-    if spec.kind == "regression":
-        return float(clip.label)
-    if str(clip.label) not in spec.classes:
-        raise DataError(
-            f"{clip.unit} has class {clip.label!r}, which no training run holds: "
-            f"{list(spec.classes)}; use fewer folds or another split.by"
-        )
-    return float(spec.classes.index(str(clip.label)))

@@ -54,7 +54,8 @@ class Fitted:
     tried: dict[float, float]
 
     def scores(self, x: NDArray[Any]) -> Array:
-        """``(n, classes)`` logits, or ``(n, 1)`` values in the target's unit."""
+        """``(n, classes)`` logits (of levels: log-probabilities up to a constant per row), or
+        ``(n, 1)`` values in the target's unit."""
         return (x - self.mean) / self.scale @ self.weights + self.bias
 
 
@@ -64,6 +65,7 @@ def fit(
     validation: Part | None = None,
     *,
     standardize: bool = True,
+    levels: int = 0,
     seed: int = 0,
 ) -> Fitted:
     """Fit on ``train``; choose the strength on ``validation`` (1.0 without it).
@@ -72,16 +74,27 @@ def fit(
     rows, the strongest penalty on ties. The weights are not refitted with the validation rows:
     every row of a results table has learned from the same training units.
 
+    Ordinal targets: a ridge regression on the level's number, which knows the order and that levels
+    are equally far apart, as the metrics do; see :func:`_level_scores`.
+
     Args:
-        kind: ``classification`` or ``regression``.
+        kind: ``classification``, ``regression`` or ``ordinal``.
         train, validation: The two parts; ``validation`` may be None.
         standardize: Scale each feature to unit variance over the training rows. False for whitened
             features, whose scale carries meaning: clip means vary most where brain states last.
+        levels: Number of levels (ordinal).
         seed: Of the solver.
 
     Raises:
         DataError: classification targets other than ``0..k-1`` with all classes present, k ≥ 2.
     """
+    if validation is not None and not len(validation.y):
+        validation = None
+    if kind == "ordinal":
+        if levels < 2:
+            raise DataError(f"an ordinal target needs at least two levels, got {levels}")
+        ridge = fit("regression", train, validation, standardize=standardize, seed=seed)
+        return _level_scores(ridge, validation or train, levels)
     mean, scale = train.x.mean(0, dtype=np.float64), train.x.std(0, dtype=np.float64)
     if not standardize:
         scale = np.ones_like(scale)
@@ -98,7 +111,7 @@ def fit(
         w, bias = solve(z, train.y, c, seed)
         return Fitted(mean, scale, w if basis is None else basis @ w, bias, c, {})
 
-    if validation is None or len(validation.y) == 0:
+    if validation is None:
         return at(DEFAULT_C)
     candidates = [at(c) for c in STRENGTHS]
     losses = [_loss(kind, f.scores(validation.x), validation.y) for f in candidates]
@@ -165,6 +178,22 @@ def _ridge(x: Array, y: NDArray[Any], c: float, seed: int) -> tuple[Array, Array
     model = Ridge(alpha=1 / c, random_state=seed).fit(x, (target - center) / spread)
     bias = np.array([model.intercept_ * spread + center])
     return np.asarray(model.coef_)[:, None] * spread, bias
+
+
+def _level_scores(ridge: Fitted, seen: Part, levels: int) -> Fitted:
+    """Values v → log-probabilities of the levels j = 0 … k−1 under a Gaussian around v.
+
+    log p(j) = −(v − j)² / 2σ² + … = (j·v − j²/2) / σ² + a constant of the row: linear in the
+    features again. σ is the root mean square error on ``seen`` (validation rows, or the training
+    rows if there are none), at least half a level. The median level is v, rounded and kept within
+    the levels, drawn to the middle where v is uncertain.
+    """
+    error = ridge.scores(seen.x)[:, 0] - seen.y
+    precision = 1 / max(float((error**2).mean()), 0.25)
+    j = np.arange(levels, dtype=np.float64)
+    weights = ridge.weights * (j * precision)
+    bias = (j * ridge.bias - j**2 / 2) * precision
+    return Fitted(ridge.mean, ridge.scale, weights, bias, ridge.c, ridge.tried)
 
 
 def _check_classes(y: NDArray[Any]) -> None:

@@ -16,7 +16,10 @@ from fmrizoo.errors import DataError
 
 CLASSIFICATION = ("accuracy", "balanced_accuracy", "auroc")
 REGRESSION = ("mae", "r2", "pearson_r")
-PRIMARY = {"classification": "accuracy", "regression": "r2"}
+ORDINAL = ("quadratic_kappa", "mae", "accuracy", "spearman_r")
+# Of levels: kappa, as is the custom for ratings. A guesser reaches 0 however the levels are spread,
+# which is true of neither accuracy nor mae, and a miss by two levels weighs more than two by one.
+PRIMARY = {"classification": "accuracy", "regression": "r2", "ordinal": "quadratic_kappa"}
 LOWER_IS_BETTER = frozenset({"mae"})
 
 Values = dict[str, float | None]
@@ -35,7 +38,7 @@ class Metrics:
 
 def names(kind: str) -> tuple[str, ...]:
     """Metrics of a task kind, in the order tables show them."""
-    known = {"classification": CLASSIFICATION, "regression": REGRESSION}
+    known = {"classification": CLASSIFICATION, "regression": REGRESSION, "ordinal": ORDINAL}
     if kind not in known:
         raise DataError(f"task kind must be one of {sorted(known)}, got {kind!r}")
     return known[kind]
@@ -64,14 +67,8 @@ def classification(target: ArrayLike, scores: ArrayLike) -> Metrics:
     """
     from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 
-    y, s = np.asarray(target), np.asarray(scores, dtype=np.float64)
-    if s.ndim != 2 or y.shape != s.shape[:1] or s.shape[1] < 2:
-        raise DataError(f"scores must be (n, ≥ 2 classes) and target (n,): {s.shape}, {y.shape}")
-    _check_finite(y, s)
+    y, s = _classes(target, scores)
     k = s.shape[1]
-    if not np.all((y >= 0) & (y < k) & (y == np.round(y))):
-        raise DataError(f"targets must be class indices 0..{k - 1}, got {np.unique(y).tolist()}")
-    y = y.astype(np.int64)
     predicted = s.argmax(axis=1)
     present = np.unique(y)
     recall = recall_score(y, predicted, labels=present, average="macro", zero_division=0)
@@ -116,13 +113,53 @@ def regression(target: ArrayLike, predicted: ArrayLike) -> Metrics:
     return Metrics(values, int(y.size))
 
 
+def ordinal(target: ArrayLike, scores: ArrayLike) -> Metrics:
+    """Quadratic weighted kappa, mean absolute error in levels, accuracy, Spearman's r.
+
+    Args:
+        target: ``(n,)`` level indices in ``0..k-1``.
+        scores: ``(n, k)`` log-probabilities of the levels (any additive constant per row).
+
+    The first three are of the median level (:func:`median_level`), r is of the expected level
+    Σ j · p(j). Kappa is 1 − Σ w·observed / Σ w·expected with w = (difference of levels)² (Cohen
+    1968, Psychol. Bull. 70:213); it and r are ``None`` where all units have one level, r also for
+    a constant prediction.
+
+    Raises:
+        DataError: shapes that do not fit, no unit, a level out of range, NaN or infinity.
+    """
+    from scipy.stats import spearmanr
+    from sklearn.metrics import cohen_kappa_score
+
+    y, s = _classes(target, scores)
+    predicted, expected = median_level(s), softmax(s) @ np.arange(s.shape[1])
+    varied, answered = bool(np.ptp(y) > 0), bool(np.ptp(expected) > _rounding(expected))
+    kappa = cohen_kappa_score(y, predicted, weights="quadratic") if varied else None
+    r = spearmanr(y, expected).statistic if varied and answered else None
+    values: Values = {
+        "quadratic_kappa": None if kappa is None else float(kappa),
+        "mae": float(np.abs(predicted - y).mean()),
+        "accuracy": float((predicted == y).mean()),
+        "spearman_r": None if r is None else float(r),
+    }
+    return Metrics(values, int(y.size))
+
+
+def median_level(scores: ArrayLike) -> NDArray[np.int64]:
+    """``(n, k)`` log-probabilities → ``(n,)`` the lowest level whose cumulative probability is ½.
+
+    The median is the level of the smallest expected error; a cumulative probability that misses ½
+    by rounding (1e-9) counts as ½.
+    """
+    reached = np.cumsum(softmax(scores), axis=-1) >= 0.5 - 1e-9
+    return cast(NDArray[np.int64], reached.argmax(axis=-1))
+
+
 def score(kind: str, target: ArrayLike, scores: ArrayLike) -> Metrics:
-    """:func:`classification` or :func:`regression`, as ``kind`` says."""
-    return (
-        classification(target, scores)
-        if names(kind) == CLASSIFICATION
-        else regression(target, scores)
-    )
+    """:func:`classification`, :func:`regression` or :func:`ordinal`, as ``kind`` says."""
+    names(kind)
+    of = {"classification": classification, "regression": regression, "ordinal": ordinal}
+    return of[kind](target, scores)
 
 
 def chance(kind: str, train_target: ArrayLike, test_target: ArrayLike, classes: int = 0) -> Metrics:
@@ -131,17 +168,27 @@ def chance(kind: str, train_target: ArrayLike, test_target: ArrayLike, classes: 
     Classification: accuracy of the better of two guessers, the one that always says the most
     frequent training class (averaged over ties) and the one that draws from the training
     frequencies; balanced accuracy 1/k over the classes that occur; AUROC 0.5 where it is defined.
-    Regression: every answer is the training mean, so r is ``None``.
+    Regression: every answer is the training mean, so r is ``None``. Ordinal: accuracy as for
+    classes, the error of always the training median, kappa 0 (that of every guesser), r ``None``.
     """
     train, test = np.asarray(train_target), np.asarray(test_target)
     _check_finite(train, test)
     if names(kind) == REGRESSION:
         return regression(test, np.full(test.shape, train.astype(np.float64).mean()))
-    k = max(classes, 2)
+    k = max(classes, 2, int(max(train.max(), test.max())) + 1)
     p_train = np.bincount(train.astype(np.int64), minlength=k) / train.size
     p_test = np.bincount(test.astype(np.int64), minlength=k) / test.size
     majority = p_test[p_train == p_train.max()].mean()
     stratified = p_train @ p_test
+    if kind == "ordinal":
+        median = int((np.cumsum(p_train) >= 0.5 - 1e-9).argmax())
+        guess: Values = {
+            "quadratic_kappa": 0.0 if np.ptp(test) > 0 else None,
+            "mae": float(np.abs(test - median).mean()),
+            "accuracy": float(max(majority, stratified)),
+            "spearman_r": None,
+        }
+        return Metrics(guess, int(test.size))
     present = int((p_test > 0).sum())
     values: Values = {
         "accuracy": float(max(majority, stratified)),
@@ -149,6 +196,18 @@ def chance(kind: str, train_target: ArrayLike, test_target: ArrayLike, classes: 
         "auroc": 0.5 if present == p_test.size else None,
     }
     return Metrics(values, int(test.size))
+
+
+def _classes(target: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Class indices and scores as arrays, checked."""
+    y, s = np.asarray(target), np.asarray(scores, dtype=np.float64)
+    if s.ndim != 2 or y.shape != s.shape[:1] or s.shape[1] < 2:
+        raise DataError(f"scores must be (n, ≥ 2 classes) and target (n,): {s.shape}, {y.shape}")
+    _check_finite(y, s)
+    k = s.shape[1]
+    if not np.all((y >= 0) & (y < k) & (y == np.round(y))):
+        raise DataError(f"targets must be class indices 0..{k - 1}, got {np.unique(y).tolist()}")
+    return y.astype(np.int64), s
 
 
 def _check_finite(*arrays: NDArray[Any]) -> None:

@@ -27,8 +27,9 @@ class Prediction:
         unit: Name of the event, run or subject; unique in a table.
         subject: Subject of the unit.
         run: Run of the unit; several joined by ``;`` where a unit spans runs.
-        target: Class index, or the value (regression).
-        scores: One logit per class, or the predicted value in the target's own unit.
+        target: Index of the class or level, or the value (regression).
+        scores: One logit per class, one log-probability per level, or the predicted value in the
+            target's own unit.
         n_clips: Clips averaged.
     """
 
@@ -45,7 +46,8 @@ def aggregate(clips: Iterable[Prediction]) -> list[Prediction]:
 
     Scores are averaged, weighted by ``n_clips``: for classification the **logits**, as SwiFT does,
     not the probabilities (a clip without evidence has equal logits and leaves the others' ranking
-    alone; averaged probabilities would pull towards 1/k).
+    alone; averaged probabilities would pull towards 1/k). For levels likewise the
+    log-probabilities.
 
     Raises:
         DataError: clips of one unit that disagree on target, subject or number of scores.
@@ -89,29 +91,38 @@ def evaluate(predictions: Sequence[Prediction], kind: str) -> metrics.Metrics:
 def write_predictions(path: Path, predictions: Sequence[Prediction], task: TaskSpec) -> None:
     """One row a unit: names instead of class indices, one ``score_<class>`` column per class.
 
-    Scores are logits (classification) or absent (regression, where ``predicted`` is the value);
+    Scores are logits (classification), log-probabilities of the levels (ordinal, where
+    ``predicted`` is the median level) or absent (regression, where ``predicted`` is the value);
     numbers keep all their digits, so reading gives equal rows.
 
     Raises:
-        DataError: a row with another number of scores than the task has outputs, or no disk space.
+        DataError: a row with another number of scores than the task has, or no disk space.
     """
     out = io.StringIO()
     table = csv.writer(out, delimiter="\t", lineterminator="\n")
     table.writerow([*_FIXED, *(f"{_SCORE}{c}" for c in task.classes)])
     for p in predictions:
-        if len(p.scores) != task.outputs:
-            raise DataError(f"unit {p.unit!r} has {len(p.scores)} scores, expected {task.outputs}")
-        if task.kind == "classification":
-            answer = [task.classes[int(p.target)], task.classes[int(np.argmax(p.scores))]]
-            scores = [repr(float(s)) for s in p.scores]
-        else:
+        if len(p.scores) != task.scores:
+            raise DataError(f"unit {p.unit!r} has {len(p.scores)} scores, expected {task.scores}")
+        if task.kind == "regression":
             answer, scores = [repr(float(p.target)), repr(float(p.scores[0]))], []
+        else:
+            answer = [task.classes[int(p.target)], task.classes[answered(p, task.kind)]]
+            scores = [repr(float(s)) for s in p.scores]
         table.writerow([p.unit, p.subject, p.run, *answer, p.n_clips, *scores])
     write_atomic(path, out.getvalue().encode())
 
 
+def answered(prediction: Prediction, kind: str) -> int:
+    """Index of the predicted class (the largest score) or level (the median)."""
+    if kind == "ordinal":
+        return int(metrics.median_level(prediction.scores))
+    return int(np.argmax(prediction.scores))
+
+
 def read_predictions(path: Path) -> tuple[list[Prediction], tuple[str, ...]]:
-    """Inverse of :func:`write_predictions`: rows and class names (none for regression).
+    """Inverse of :func:`write_predictions`: rows and names of classes or levels (none for
+    regression).
 
     Raises:
         DataError: no such file, other columns, or a row that does not parse (line named).

@@ -14,6 +14,7 @@ from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
 from fmrizoo.evaluate.metrics import Values
 from fmrizoo.files import write_atomic
+from fmrizoo.types import KINDS
 
 SCHEMA = "fmrizoo.result/1"
 FILE = "results.json"
@@ -21,7 +22,8 @@ FILE = "results.json"
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """What was predicted: column, kind, class names in index order, and the level of a unit."""
+    """What was predicted: column, kind, names of classes or levels in index order, and the level
+    of a unit."""
 
     target: str
     kind: str
@@ -31,10 +33,20 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of trained and of frozen parameters."""
+    """What trained, and what that took.
+
+    Attributes:
+        trainable, frozen: Parameters of the whole model.
+        optimizer_bytes: Of the optimizer's state on one rank; 0 = not known.
+        encoder, encoder_trained: The encoder's own parameters, and those of them that trained;
+            0 = not known.
+    """
 
     trainable: int
     frozen: int
+    optimizer_bytes: int = 0
+    encoder: int = 0
+    encoder_trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,9 @@ class Result:
         metrics: Test metrics; ``None`` where the data do not support one.
         validation: The same on the validation units.
         init: ``pretrained`` or ``random`` (fine-tuning).
-        train_encoder: ``none`` (frozen) or ``all`` (fine-tuning).
+        head: Name of the head (fine-tuning).
+        train_encoder: What of the encoder trained, in the head's word for it (``Head.trains``):
+            ``none``, ``last_block``, ``all``, ``lora``, ``prompt``, …
         parameters: Sizes of the model.
         seconds: Wall-clock time of fitting and testing.
         split_sha: Hash of the split file; rows with different hashes are not comparable.
@@ -73,12 +87,16 @@ class Result:
     train_encoder: str | None = None
     parameters: Parameters | None = None
     note: str | None = None
+    head: str | None = None
 
     def __post_init__(self) -> None:
         _choice("kind", self.kind, ("finetune", "baseline"))
         _choice("init", self.init, ("pretrained", "random", None))
-        _choice("train_encoder", self.train_encoder, ("none", "all", None))
-        _choice("task.kind", self.task.kind, ("classification", "regression"))
+        for key in ("head", "train_encoder"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise DataError(f"result field {key} must be a word or null, got {value!r}")
+        _choice("task.kind", self.task.kind, KINDS)
         _choice("task.level", self.task.level, ("event", "run", "subject"))
         if not self.name:
             raise DataError("a result needs a name")

@@ -9,7 +9,7 @@ import numpy as np
 
 from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
-from fmrizoo.evaluate.predictions import Prediction
+from fmrizoo.evaluate.predictions import Prediction, answered
 from fmrizoo.evaluate.results import Parameters, Result, TaskInfo
 
 
@@ -59,6 +59,7 @@ class Row:
     parameters: Parameters | None
     notes: tuple[str, ...]
     results: tuple[Result, ...]
+    head: str | None = None
 
     @property
     def primary(self) -> Spread | None:
@@ -106,6 +107,7 @@ def summarize(results: Sequence[Result]) -> Row:
         parameters=first.parameters,
         notes=tuple(dict.fromkeys(r.note for r in results if r.note)),
         results=tuple(results),
+        head=first.head,
     )
 
 
@@ -145,7 +147,9 @@ def _order(row: Row) -> tuple[str, str, bool, float, str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Paired difference of two rows in share correct (or, regression, in mean absolute error).
+    """Paired difference of two rows: of classes in share correct, else in mean absolute error.
+
+    (Of values in their unit, of levels in levels. A kappa has no share of a single unit.)
 
     Attributes:
         mean: First minus second.
@@ -207,7 +211,9 @@ def _unit_scores(tables: Sequence[Sequence[Prediction]], kind: str) -> dict[str,
     found: dict[str, list[float]] = {}
     for p in (p for table in tables for p in table):
         if kind == "classification":
-            value = float(int(np.argmax(p.scores)) == int(p.target))
+            value = float(answered(p, kind) == int(p.target))
+        elif kind == "ordinal":
+            value = float(abs(answered(p, kind) - int(p.target)))
         else:
             value = abs(p.scores[0] - p.target)
         found.setdefault(p.unit, []).append(value)

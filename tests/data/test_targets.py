@@ -127,6 +127,10 @@ def test_another_part_must_hold_known_classes(blank: ClipTable) -> None:
         DataError, match=r"sub-07 of the test part has sex 'X', which no training unit.*F, M"
     ):
         check_labels(stranger, tasks, "test")
+    graded = people({"grade": "ordinal"})
+    levels = fit_tasks(clips(blank, graded, {"a": (1, ("1",)), "b": (1, ("3",))}), graded)
+    with pytest.raises(DataError, match=r"grade '2', which .*or name all task\.levels"):
+        check_labels(clips(blank, graded, {"c": (1, ("2",))}), levels, "test")
     with pytest.raises(DataError, match="no unit of the validation part has a label 'age'"):
         check_labels(clips(blank, task, {"c": (2, ("F", None))}), tasks, "validation")
     with pytest.raises(DataError, match="labelled with sex, age, the tasks are sex"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ import numpy as np
 import pytest
 
 from fmrizoo.config import DataConfig, PrepareConfig, SplitConfig, TaskConfig
+from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.prepare import prepare
 from fmrizoo.data.splits import Split, make_split
 from fmrizoo.data.store import Store
 from fmrizoo.errors import DataError
 from fmrizoo.evaluate import baselines
 from fmrizoo.evaluate.baselines import BaselineResult, run_baselines, write_baselines
-from fmrizoo.evaluate.clip_features import Clip, read_clips
+from fmrizoo.evaluate.clip_features import read_clips
 from fmrizoo.evaluate.frames import FrameReader, Frames
 from fmrizoo.evaluate.linear import Fitted
 from fmrizoo.evaluate.predictions import evaluate, read_predictions
@@ -120,11 +123,13 @@ def test_permuted_labels_fall_to_chance(haxby: Store, monkeypatch: pytest.Monkey
     for fold in range(3):
         rng, split = np.random.default_rng(fold), split_of(haxby, fold)
 
-        def shuffled(store: Store, runs: list[str], *rest: Any, rng: Any = rng) -> list[Clip]:
-            clips = read_clips(store, runs, *rest)
-            labels = {r: rng.permutation([c.label for c in clips if c.run == r]) for r in runs}
-            taken = {r: iter(labels[r]) for r in runs}
-            return [Clip(c.run, c.subject, c.start, c.unit, str(next(taken[c.run]))) for c in clips]
+        def shuffled(store: Store, runs: list[str], *rest: Any, rng: Any = rng) -> ClipTable:
+            table = read_clips(store, runs, *rest)
+            labels = np.array([str(label) for (label,) in table.labels or ()])
+            for run in range(len(table.runs)):
+                own = table.run == run
+                labels[own] = rng.permutation(labels[own])
+            return dataclasses.replace(table, labels=tuple((str(name),) for name in labels))
 
         with monkeypatch.context() as patch:
             patch.setattr(baselines, "read_clips", shuffled)
@@ -181,6 +186,75 @@ def test_age_is_in_the_voxel_means(traits: Store) -> None:
     assert (voxels["r2"] or 0) > 0.6
 
 
+def several(**settings: Any) -> TaskConfig:
+    targets = {"group": "classification", "age": "regression", "decade": "ordinal"}
+    return TaskConfig(targets=targets, source="participants", level="subject", **settings)
+
+
+@pytest.fixture
+def gappy(traits: Store, tmp_path: Path) -> Store:
+    """The same subjects; two without a group, one without an age, and the decade of their age."""
+    folder = tmp_path / "gappy"
+    shutil.copytree(traits.path, folder)
+    lines = (folder / "participants.tsv").read_text().splitlines()
+    rows = [line.split("\t") for line in lines[1:]]
+    rows = [[who, age, group, age[0]] for who, age, group in rows]
+    rows[3][2] = rows[4][2] = "n/a"
+    rows[5][1] = "n/a"
+    text = "\n".join("\t".join(row) for row in [[*lines[0].split("\t"), "decade"], *rows])
+    (folder / "participants.tsv").chmod(0o644)
+    (folder / "participants.tsv").write_text(text + "\n")
+    return Store(folder)
+
+
+def test_several_targets_are_fitted_one_by_one(gappy: Store, tmp_path: Path) -> None:
+    data = DataConfig(clip_frames=9, normalization="none")
+    split = split_of(gappy, by="subject", folds=2, validation=0.2)
+    task = several(class_weights="balanced", levels=list("234567"))
+    found = run_baselines(gappy, split, data, task)
+    names = ["Chance", "Voxels", "PCA whitening", "ROI means", "Connectivity"]
+    assert [b.result.name.split(" + ")[0] for b in found] == names * 3
+    table = {(b.result.task.target, b.result.name.split(" + ")[0]): b for b in found}
+    for target, kind, model in (
+        ("group", "classification", "logistic"),
+        ("age", "regression", "ridge"),
+    ):
+        # Each equals the run with that target alone.
+        alone = TaskConfig(target=target, kind=kind, source="participants", level="subject")
+        for b in run_baselines(gappy, split, data, alone):
+            both = table[target, b.result.name.split(" + ")[0]]
+            assert both.predictions == b.predictions
+            assert both.result.metrics == b.result.metrics
+            assert both.result.name == "Chance" or both.result.name.endswith(model)
+    missing = {"group": {"sub-03", "sub-04"}, "age": {"sub-05"}, "decade": set()}
+    tested = {f"sub-{run.split('_')[0].removeprefix('sub-')}" for run in split.test}
+    for target, gone in missing.items():
+        rows = table[target, "Voxels"].predictions
+        assert {p.unit for p in rows} == tested - gone
+    folders = {p.relative_to(tmp_path).as_posix() for p in write_baselines(tmp_path, found)}
+    assert {"age/voxels-ridge", "group/voxels-logistic", "decade/voxels-ridge"} <= folders
+    assert len(folders) == 15
+
+
+def test_decade_is_in_the_voxel_means(gappy: Store, tmp_path: Path) -> None:
+    task = TaskConfig(target="decade", kind="ordinal", source="participants", level="subject")
+    data = DataConfig(clip_frames=9, normalization="none")
+    split = split_of(gappy, by="subject", folds=4, validation=0.2)
+    found = {b.result.name: b for b in run_baselines(gappy, split, data, task)}
+    chance, voxels = found["Chance"].result, found["Voxels + ridge"].result
+    assert chance.metrics["quadratic_kappa"] == 0.0
+    assert voxels.task.kind == "ordinal" and voxels.task.classes == tuple("234567")
+    kappa, mae = voxels.metrics["quadratic_kappa"], voxels.metrics["mae"]
+    assert kappa is not None and kappa > 0.6
+    assert mae is not None and mae < 0.6 * (chance.metrics["mae"] or 0)
+    # One weight per voxel and one offset, whatever the number of levels.
+    assert voxels.parameters is not None and voxels.parameters.trainable == 4 * 4 * 4 + 1
+    path = write_baselines(tmp_path, [found["Voxels + ridge"]])[0]
+    assert (
+        tuple(read_predictions(path / "predictions.tsv")[0]) == found["Voxels + ridge"].predictions
+    )
+
+
 def test_voxelwise_scores_of_traits_are_refused_as_empty(traits: Store) -> None:
     task = TaskConfig(target="group", source="participants", level="subject")
     data = DataConfig(clip_frames=9, normalization="voxel")
@@ -197,15 +271,15 @@ def test_a_class_without_training_runs_is_named(
 ) -> None:
     split = split_of(haxby)
 
-    def renamed(store: Store, runs: list[str], *rest: Any) -> list[Clip]:
-        clips = read_clips(store, runs, *rest)
-        return [
-            Clip(c.run, c.subject, c.start, c.unit, "newcomer" if c.run in split.test else c.label)
-            for c in clips
-        ]
+    def renamed(store: Store, runs: list[str], *rest: Any) -> ClipTable:
+        table = read_clips(store, runs, *rest)
+        if set(runs) != set(split.test):
+            return table
+        return dataclasses.replace(table, labels=(("newcomer",),) * len(table))
 
     monkeypatch.setattr(baselines, "read_clips", renamed)
-    with pytest.raises(DataError, match="newcomer"):
+    monkeypatch.setattr(FrameReader, "read", lambda *_: pytest.fail("a voxel was read"))
+    with pytest.raises(DataError, match="of the test part has trial_type 'newcomer', which no"):
         run_baselines(haxby, split, DATA, TASK)
 
 

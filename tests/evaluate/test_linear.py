@@ -10,6 +10,7 @@ from sklearn.preprocessing import StandardScaler
 
 from fmrizoo.errors import DataError
 from fmrizoo.evaluate.linear import STRENGTHS, Part, fit, fit_predict
+from fmrizoo.evaluate.metrics import median_level, softmax
 
 
 def blobs(n: int, f: int, k: int, seed: int, signal: float = 1.0) -> Part:
@@ -103,3 +104,28 @@ def test_constant_features_and_bad_targets() -> None:
         Part(np.full((2, 2), np.nan), np.zeros(2))
     with pytest.raises(DataError, match="must be"):
         Part(np.zeros((2, 2)), np.zeros(3))
+
+
+@pytest.mark.parametrize("f", [5, 200])
+def test_levels_are_a_gaussian_around_the_ridge(f: int) -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(40, f)), rng.normal(size=f) / np.sqrt(f)
+    y = np.clip(np.round(2 + 1.5 * (x @ w)), 0, 4)
+    train, held_out = Part(x[:30], y[:30]), Part(x[30:], y[30:])
+    model = fit("ordinal", train, held_out, levels=5)
+    ridge = fit("regression", train, held_out)
+    assert (model.c, model.tried) == (ridge.c, ridge.tried)
+    values = ridge.scores(held_out.x)[:, 0]
+    variance = max(((values - held_out.y) ** 2).mean(), 0.25)
+    expected = softmax(-((values[:, None] - np.arange(5)) ** 2) / (2 * variance))
+    np.testing.assert_allclose(softmax(model.scores(held_out.x)), expected, atol=1e-10)
+
+
+def test_a_confident_level_is_the_rounded_value() -> None:
+    x = np.arange(40.0)[:, None] / 39
+    train = Part(x, np.floor(4.999 * x[:, 0]))
+    values = fit("regression", train).scores(x)[:, 0]
+    found = median_level(fit("ordinal", train, levels=5).scores(x))
+    assert np.abs(found - values).max() < 0.62
+    with pytest.raises(DataError, match="at least two levels, got 0"):
+        fit("ordinal", train)

@@ -71,6 +71,78 @@ def test_regression_gaps_are_none() -> None:
     assert constant["r2"] is not None
 
 
+def levels(predicted: list[int], k: int) -> np.ndarray:
+    """Log-probabilities that leave no doubt about ``predicted``."""
+    return 50 * np.eye(k)[predicted]
+
+
+def test_ordinal_by_hand() -> None:
+    # Differences 0, 0, 1, 2 levels; observed Σw = 1 + 4 = 5.
+    target, predicted = [0, 1, 1, 2], [0, 1, 2, 0]
+    found = metrics.ordinal(target, levels(predicted, 3))
+    # Expected Σw: all 16 pairs of (target, predicted) / 4 units.
+    expected = sum((t - p) ** 2 for t in target for p in predicted) / 4
+    assert found.n == 4
+    assert found["quadratic_kappa"] == pytest.approx(1 - 5 / expected)
+    assert found["mae"] == pytest.approx(3 / 4)
+    assert found["accuracy"] == pytest.approx(2 / 4)
+    # Ranks of the targets 1, 2.5, 2.5, 4 and of the predictions 1.5, 3, 4, 1.5.
+    ranks = np.corrcoef([1, 2.5, 2.5, 4], [1.5, 3, 4, 1.5])[0, 1]
+    assert found["spearman_r"] == pytest.approx(ranks)
+    assert tuple(found.values) == metrics.names("ordinal")
+
+
+def test_kappa_weighs_far_misses_more() -> None:
+    target = [0, 1, 2, 3]
+    near = metrics.ordinal(target, levels([1, 0, 3, 2], 4))["quadratic_kappa"]
+    far = metrics.ordinal(target, levels([3, 1, 2, 0], 4))["quadratic_kappa"]
+    assert near is not None and far is not None and near > 0.5 > 0 > far
+    assert metrics.ordinal(target, levels(target, 4))["quadratic_kappa"] == 1.0
+
+
+def test_kappa_of_any_constant_answer_is_zero() -> None:
+    for level in range(3):
+        found = metrics.ordinal([0, 1, 1, 2], levels([level] * 4, 3))
+        assert found["quadratic_kappa"] == pytest.approx(0.0)
+        assert found["spearman_r"] is None
+
+
+def test_the_predicted_level_is_the_median_not_the_mode() -> None:
+    # Cumulative 0.4, 0.7, 1: the mode is level 0, the median level 1.
+    p = np.log([[0.4, 0.3, 0.3], [0.5, 0.2, 0.3], [0.1, 0.1, 0.8]])
+    assert metrics.median_level(p).tolist() == [1, 0, 2]
+    # ½ reached but for rounding, and any constant per row.
+    assert metrics.median_level(np.log([[0.3, 0.2, 0.5]]) - 700).tolist() == [1]
+
+
+def test_spearman_is_of_the_expected_level() -> None:
+    # The median of all is level 0; the expected levels rise with the target.
+    p = np.log([[0.9, 0.05, 0.05], [0.8, 0.1, 0.1], [0.6, 0.2, 0.2]])
+    found = metrics.ordinal([0, 1, 2], p)
+    assert found["spearman_r"] == pytest.approx(1.0)
+    assert found["quadratic_kappa"] == pytest.approx(0.0)
+
+
+def test_ordinal_gaps_are_none() -> None:
+    found = metrics.ordinal([1, 1], levels([1, 0], 3))
+    assert found.values == {
+        "quadratic_kappa": None,
+        "mae": 0.5,
+        "accuracy": 0.5,
+        "spearman_r": None,
+    }
+
+
+def test_chance_of_levels() -> None:
+    found = metrics.chance("ordinal", [0, 1, 1, 2, 3], [0, 1, 3, 3], 4)
+    # Always the training median, level 1: errors 1, 0, 2, 2.
+    assert found["mae"] == pytest.approx(5 / 4)
+    # The majority level 1 occurs once in four; drawing gives 0.2·¼ + 0.4·¼ + 0.2·½ = 0.25.
+    assert found["accuracy"] == pytest.approx(0.25)
+    assert (found["quadratic_kappa"], found["spearman_r"]) == (0.0, None)
+    assert metrics.chance("ordinal", [0, 1], [1, 1], 2)["quadratic_kappa"] is None
+
+
 def test_chance_of_majority_and_of_balanced_classes() -> None:
     skewed = metrics.chance("classification", [0, 0, 0, 1], [0, 0, 0, 0, 1, 1], 2)
     assert skewed["accuracy"] == pytest.approx(4 / 6)
@@ -105,8 +177,9 @@ def test_chance_of_regression_answers_the_training_mean() -> None:
     ],
 )
 def test_bad_input_is_refused(target: list[float], scores: np.ndarray, word: str) -> None:
-    with pytest.raises(DataError, match=word):
-        metrics.classification(target, scores)
+    for score in (metrics.classification, metrics.ordinal):
+        with pytest.raises(DataError, match=word):
+            score(target, scores)
 
 
 def test_bad_regression_input_is_refused() -> None:

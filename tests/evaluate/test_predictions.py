@@ -81,6 +81,24 @@ def test_round_trip_of_regression(tmp_path: Path) -> None:
     assert read_predictions(tmp_path / "p.tsv") == (rows, ())
 
 
+def test_round_trip_of_levels(tmp_path: Path) -> None:
+    task = TaskSpec("ordinal", ("low", "mid", "high"), name="grade")
+    rows = [
+        Prediction("001", "001", "a;b", 2.0, tuple(np.log([0.4, 0.3, 0.3]).tolist()), 12),
+        Prediction("002", "002", "c", 0.0, tuple(np.log([0.7, 0.2, 0.1]).tolist())),
+    ]
+    write_predictions(tmp_path / "p.tsv", rows, task)
+    assert read_predictions(tmp_path / "p.tsv") == (rows, task.classes)
+    lines = (tmp_path / "p.tsv").read_text().splitlines()
+    header, first, second = (line.split("\t") for line in lines)
+    assert header[6:] == ["score_low", "score_mid", "score_high"]
+    # The median, not the likeliest level.
+    assert (first[3:5], second[3:5]) == (["high", "mid"], ["low", "low"])
+    assert evaluate(rows, "ordinal")["mae"] == 0.5
+    with pytest.raises(DataError, match="2 scores, expected 3"):
+        write_predictions(tmp_path / "p.tsv", [clip("a", (0.0, 1.0))], task)
+
+
 def test_bad_tables_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.tsv"
     with pytest.raises(DataError, match="cannot be read"):

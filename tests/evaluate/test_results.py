@@ -45,8 +45,9 @@ def test_round_trip(tmp_path: Path) -> None:
     full = result(
         validation={"accuracy": 0.25},
         init="pretrained",
-        train_encoder="none",
-        parameters=Parameters(10, 20),
+        head="linear",
+        train_encoder="last_block",
+        parameters=Parameters(10, 20, 96, 25, 8),
         note="ein Wort ≥ 1",
     )
     for i, r in enumerate((full, result())):
@@ -54,7 +55,22 @@ def test_round_trip(tmp_path: Path) -> None:
         assert read_result(path) == r == read_result(path.parent)
     values = json.loads((tmp_path / "0" / "results.json").read_text())
     assert values["schema"] == "fmrizoo.result/1"
-    assert values["parameters"] == {"trainable": 10, "frozen": 20}
+    assert values["parameters"] == {
+        "trainable": 10,
+        "frozen": 20,
+        "optimizer_bytes": 96,
+        "encoder": 25,
+        "encoder_trained": 8,
+    }
+
+
+def test_files_of_before_there_were_more_heads_are_read(tmp_path: Path) -> None:
+    path = write_result(tmp_path, result(train_encoder="all", parameters=Parameters(10, 20)))
+    values = json.loads(path.read_text())
+    del values["head"]
+    values["parameters"] = {"trainable": 10, "frozen": 20}
+    path.write_text(json.dumps(values))
+    assert read_result(path) == result(train_encoder="all", parameters=Parameters(10, 20))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +85,9 @@ def test_round_trip(tmp_path: Path) -> None:
         ({"fold": "one"}, "fold"),
         ({"n_test": 0}, "no unit"),
         ({"task": {"target": "x"}}, "kind"),
+        ({"train_encoder": ""}, "train_encoder must be a word"),
+        ({"head": 3}, "head must be a word"),
+        ({"metrics": {"quadratic_kappa": 0.5}}, "quadratic_kappa"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, change: dict[str, Any], word: str) -> None:
@@ -179,3 +198,33 @@ def test_difference_needs_shared_units_and_averages_seeds() -> None:
     d = difference([table([1, 1, 1, 1]), table([0, 0, 0, 0])], [a], "classification")
     assert d is not None
     assert d.mean == pytest.approx(0.0)
+
+
+def test_difference_of_levels_is_in_levels() -> None:
+    def graded(levels: list[int]) -> list[Prediction]:
+        each = np.log(0.98 * np.eye(4)[levels] + 0.005)
+        return [
+            Prediction(f"u{i}", "001", "r", 3.0, tuple(row)) for i, row in enumerate(each.tolist())
+        ]
+
+    d = difference([graded([3, 3, 1])], [graded([1, 3, 0])], "ordinal")
+    assert d is not None
+    assert d.mean == pytest.approx((0 + 0 + 2) / 3 - (2 + 0 + 3) / 3)
+
+
+def test_rows_keep_targets_apart() -> None:
+    grade = TaskInfo("grade", "ordinal", ("1", "2", "3"), "subject")
+    values = {"quadratic_kappa": 0.4, "mae": 0.5, "accuracy": 0.6, "spearman_r": None}
+    found = rows(
+        [
+            result(0.9),
+            result(task=grade, metrics=values, name="low"),
+            result(task=grade, metrics={**values, "quadratic_kappa": 0.7}, name="high"),
+        ]
+    )
+    assert [(r.task.target, r.name) for r in found] == [
+        ("grade", "high"),
+        ("grade", "low"),
+        ("trial_type", "swin4d"),
+    ]
+    assert found[0].primary is not None and found[0].primary.mean == 0.7
