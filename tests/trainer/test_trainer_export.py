@@ -37,7 +37,9 @@ def test_round_trip(tmp_path: Path) -> None:
     other.load_state_dict(tensors)
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value) and tensors[name].dtype == value.dtype
-    assert info.recipe == INFO.recipe and info.contract == INFO.contract and info.tasks == INFO.tasks
+    assert (
+        info.recipe == INFO.recipe and info.contract == INFO.contract and info.tasks == INFO.tasks
+    )
     assert info.seen_runs == ("sub-001_run-01", "sub-002_run-01") and info.step == 12
     assert info.parameters == sum(p.numel() for p in model.parameters())
     assert info.sha256 == written.sha256 and read_info(tmp_path / "model") == info

@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,12 @@ class TinyModel(nn.Module):
         self.backbone = TinyBackbone(dropout)
         self.objective = TinyObjective()
         self.register_buffer("counts", torch.arange(3))
+        self.scales: dict[str, float] = {}
         if frozen:
             self.backbone.requires_grad_(False)
+
+    def lr_scales(self) -> dict[str, float]:
+        return self.scales
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, logs = self.objective(self.backbone, batch)
@@ -94,6 +99,19 @@ def tiny(dropout: float = 0.0, frozen: bool = False) -> TinyModel:
     """The same weights every time."""
     torch.manual_seed(7)
     return TinyModel(dropout, frozen)
+
+
+def scaled(dropout: float = 0.0) -> TinyModel:
+    """Five groups: the encoder's layers learn more slowly, one part of it not at all."""
+    model = tiny(dropout)
+    model.scales = {
+        "backbone.positions": 0.125,
+        "backbone.hidden.weight": 0.25,
+        "backbone.hidden.bias": 0.25,
+        "backbone.norm.weight": 0.5,
+    }
+    model.backbone.embed.requires_grad_(False)
+    return model
 
 
 def clips(first: int, n: int, poison: frozenset[int] = frozenset()) -> Batch:
@@ -202,19 +220,27 @@ class Reference:
     weights: dict[str, Tensor]
 
 
-def reference(train: TrainConfig, *, ranks: int = 1, frozen: bool = False) -> Reference:
+def reference(
+    train: TrainConfig,
+    *,
+    ranks: int = 1,
+    frozen: bool = False,
+    make: Callable[[], TinyModel] | None = None,
+) -> Reference:
     """What the trainer must compute, written out in plain PyTorch with fp32 master weights."""
-    master = tiny(frozen=frozen)
+    make = make or partial(tiny, frozen=frozen)
+    master = make()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[train.precision]
     optimizer = torch.optim.AdamW(
         param_groups(master, train), betas=tuple(train.betas), eps=train.eps
     )
+    rates = [group["lr"] for group in optimizer.param_groups]
     parts, micro = ranks * train.accumulate, train.batch_size // ranks // train.accumulate
     losses, norms = [], []
     for step in range(train.steps):
         total = 0.0
         for part in range(parts):
-            worker = tiny(frozen=frozen)
+            worker = make()
             worker.load_state_dict(master.state_dict())
             worker.to(dtype)
             loss, _ = worker(clips((step * parts + part) * micro, micro).to("cpu", dtype))
@@ -229,8 +255,8 @@ def reference(train: TrainConfig, *, ranks: int = 1, frozen: bool = False) -> Re
         if train.clip_norm and norm > train.clip_norm:
             for g in grads:
                 g.mul_(train.clip_norm / (norm + 1e-6))
-        for group in optimizer.param_groups:
-            group["lr"] = train.lr * factor(step, train.steps, train.warmup, train.min_lr_ratio)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor(step, train.steps, train.warmup, train.min_lr_ratio)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
