@@ -236,8 +236,6 @@ def _clip(
         start=start,
         tr=info.tr * config.frame_stride,
         unit=info.name,
-        label=None,
-        target=None,
         seed=0,
     )
     return CompactBatch([sample]).to_batch()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fmrizoo.config import Recipe
+from fmrizoo.data.batch import ClipFacts
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.targets import check_labels, fit_tasks
 from fmrizoo.errors import RecipeError
@@ -139,7 +140,8 @@ def _validate(
     assert clips.validation is not None and isinstance(model, DownstreamModel)
     dtype = next(model.parameters()).dtype
     held_out = whole(clips.validation, recipe, clips.tasks)
-    outputs, targets, facts = [], [], []
+    outputs, targets = [], []
+    facts: list[ClipFacts] = []
     batches = features.epoch("validation", eval_batch(recipe)) if features else held_out.epoch()
     for compact in batches:
         batch = compact.to_batch(device, dtype)
