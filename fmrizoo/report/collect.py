@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from fmrizoo.errors import DataError, FmrizooError
 from fmrizoo.evaluate.predictions import Prediction, read_predictions
 from fmrizoo.evaluate.results import FILE as RESULTS
 from fmrizoo.evaluate.results import Result, read_result
+from fmrizoo.evaluate.rows import TARGETS
 from fmrizoo.report.ahead import FILE as FORECAST
 from fmrizoo.report.ahead import Ahead, read_ahead
 from fmrizoo.report.reconstruction import FILE as RECONSTRUCTION
@@ -48,6 +49,8 @@ class Run:
         curve: Lines of metrics.jsonl.
         model: ``model/config.json``: contract, seen runs, number of parameters.
         environment: ``env.json``.
+        owner: Of a folder that holds one target's results of a run with several: the run's folder,
+            which recipe, model and environment are from.
     """
 
     folder: Path
@@ -61,6 +64,7 @@ class Run:
     result: Result | None = None
     predictions: tuple[Prediction, ...] = ()
     analysis: Autocorrelation | None = None
+    owner: Path | None = None
 
     @property
     def pretraining(self) -> bool:
@@ -85,6 +89,11 @@ class Evidence:
     def results(self) -> list[Result]:
         """All results, in folder order."""
         return [r.result for r in self.runs if r.result]
+
+    def name(self, run: Run) -> str:
+        """The row that a run belongs to, by its result or those of its targets; else its label."""
+        mine = (r for r in self.runs if run.folder in (r.folder, r.owner))
+        return next((r.result.name for r in mine if r.result), run.label)
 
     @property
     def pretrainings(self) -> list[Run]:
@@ -113,7 +122,7 @@ def collect(folders: Sequence[Path]) -> Evidence:
                 memory[here] = _attempt(here, label, problems, MEMORY, read_memory, ())
             if here in runs or not {RESULTS, METRICS} & set(files):
                 continue
-            runs[here] = _read(here, label, problems)
+            runs[here] = _read(here, label, problems, runs)
     if not runs and not memory:
         where = ", ".join(map(str, folders))
         raise DataError(
@@ -146,29 +155,49 @@ def _attempt(
         return otherwise
 
 
-def _read(folder: Path, label: str, problems: list[str]) -> Run:
+def _read(folder: Path, label: str, problems: list[str], known: dict[Path, Run]) -> Run:
     def attempt(name: str, read: Callable[[Path], T], otherwise: T) -> T:
         return _attempt(folder, label, problems, name, read, otherwise)
 
     run = Run(
         folder,
         label,
-        recipe=attempt(RECIPE, _yaml, {}),
         curve=attempt(METRICS, lambda p: _lines(p, label, problems), ()),
-        model=attempt(MODEL, _json, {}),
-        environment=attempt(ENVIRONMENT, _json, {}),
         picture=attempt(RECONSTRUCTION, read_picture, None),
         ahead=attempt(FORECAST, read_ahead, None),
         result=attempt(RESULTS, read_result, None),
         predictions=attempt(PREDICTIONS, lambda p: tuple(read_predictions(p)[0]), ()),
         analysis=attempt(ANALYSIS, read_analysis, None),
+        owner=_owner(folder),
     )
+    run = _with_settings(run, problems, known)
     if run.result and run.result.n_test and run.result.name != "Chance" and not run.predictions:
         problems.append(
             f"{label} has no {PREDICTIONS}: it is left out of paired comparisons and of the check "
             "that test runs were not used in pretraining"
         )
     return run
+
+
+def _owner(folder: Path) -> Path | None:
+    """The run of which ``folder`` holds one target's results."""
+    run = folder.parent.parent
+    return run if folder.parent.name == TARGETS and (run / RECIPE).is_file() else None
+
+
+def _with_settings(run: Run, problems: list[str], known: dict[Path, Run]) -> Run:
+    """``run`` with its recipe, model and environment, which its owner may have been asked for."""
+    where = run.owner or run.folder
+    if (other := known.get(where)) is not None:
+        found = other
+    else:
+        found = replace(
+            run,
+            recipe=_attempt(where, run.label, problems, RECIPE, _yaml, {}),
+            model=_attempt(where, run.label, problems, MODEL, _json, {}),
+            environment=_attempt(where, run.label, problems, ENVIRONMENT, _json, {}),
+        )
+    return replace(run, recipe=found.recipe, model=found.model, environment=found.environment)
 
 
 def _mapping(values: Any) -> dict[str, Any]:

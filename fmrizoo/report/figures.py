@@ -16,7 +16,7 @@ import numpy as np
 
 from fmrizoo.evaluate import metrics
 from fmrizoo.evaluate.summary import Row
-from fmrizoo.report.words import CHANCE, LABELS, TaskReport
+from fmrizoo.report.words import CHANCE, LABELS, TaskReport, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +29,8 @@ BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = (
     "#56B4E9",
     "#CC79A7",
 )
+_COLORS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+_LINES: tuple[Any, ...] = ("-", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))  # when the colours run out
 INK, MUTED, RULE = "#1f2933", "#5f6b7a", "#d5dbe2"
 WIDTH = 7.4  # inches; 710 CSS pixels
 
@@ -115,7 +117,7 @@ def dots(report: TaskReport) -> Image:
         if report.chance is not None:
             axes.axvline(report.chance, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=0)
             axes.annotate(
-                f"chance {report.chance:.3f}",
+                f"chance {number(report.chance)}",
                 (report.chance, -0.75),
                 color=MUTED,
                 fontsize=8.5,
@@ -196,13 +198,10 @@ def losses(curves: Sequence[Curve], ylabel: str, alt: str) -> Image:
     """Loss against step: runs faint, their moving mean strong, names at the line's end."""
     from matplotlib.figure import Figure
 
-    colors = dict(
-        zip(
-            dict.fromkeys(c.name for c in curves),
-            [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY] * 5,
-            strict=False,
-        )
-    )
+    looks = {
+        name: (_COLORS[i % len(_COLORS)], _LINES[i // len(_COLORS) % len(_LINES)])
+        for i, name in enumerate(dict.fromkeys(c.name for c in curves))
+    }
     with style():
         names = [_label(curve) for curve in curves]
         lines = -(-len(names) // _columns(names))
@@ -210,7 +209,8 @@ def losses(curves: Sequence[Curve], ylabel: str, alt: str) -> Image:
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
         for curve in curves:
-            color, ls = colors[curve.name], (0, (3, 2)) if curve.dashed else "-"
+            color, ls = looks[curve.name]
+            ls = (0, (3, 2)) if curve.dashed else ls
             for steps, values in curve.runs:
                 axes.plot(steps, values, color=color, lw=0.7, alpha=0.25)
             at, mean = _mean_curve(curve)

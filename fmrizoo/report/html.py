@@ -26,12 +26,14 @@ from fmrizoo.report.words import (
     LABELS,
     Pair,
     TaskReport,
-    grouped,
+    classes_word,
     number,
     plus_minus,
     signed,
     task_reports,
+    trained_words,
 )
+from fmrizoo.trainer.accounting import count
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class ReportSummary:
 
     Attributes:
         path: The HTML file.
-        lines: Three lines for a terminal.
+        lines: Three lines for a terminal, one more for each further task.
         problems: What could not be read or is missing, one sentence each (also on the page).
     """
 
@@ -71,6 +73,7 @@ class Line:
     seeds: str
     units: str
     trained: str
+    share: str
     note: str
     chance: bool
 
@@ -95,6 +98,11 @@ class Page:
     environment: tuple[tuple[str, str], ...]
     citations: tuple[str, ...]
     missing: tuple[str, ...]
+
+    @property
+    def ordinal(self) -> bool:
+        """Some task has levels."""
+        return any(task["task"].kind == "ordinal" for task in self.tasks)
 
     @property
     def folded(self) -> bool:
@@ -177,6 +185,7 @@ def _task(report: TaskReport) -> dict[str, Any]:
     return {
         "report": report,
         "task": report.task,
+        "classes": classes_word(report.task),
         "metrics": [LABELS[m] + (" ↓" if m in metrics.LOWER_IS_BETTER else "") for m in names],
         "groups": lines,
         "figure": figures.dots(report) if scored else None,
@@ -203,7 +212,9 @@ def _resampled(report: TaskReport) -> str:
     gap = next((p.gap for p in report.verdict.pairs if p.gap), None)
     if gap is None:
         return ""
-    what = "mean absolute error" if report.task.kind == "regression" else "share correct"
+    what = {"classification": "share correct", "ordinal": "mean absolute error (in levels)"}.get(
+        report.task.kind, "mean absolute error"
+    )
     drawn = "single units" if gap.group == "unit" else f"whole {gap.group}s ({gap.n_groups})"
     return (
         f"Difference in {what} on the {gap.n_units} test units that both predicted, seeds "
@@ -231,8 +242,9 @@ def _line(row: Row, best: dict[str, float | None], primary: str) -> Line:
     if row.init:
         tags.append("pretrained" if row.init == "pretrained" else "random start")
     if row.train_encoder:
-        tags.append("encoder frozen" if row.train_encoder == "none" else "encoder trained")
-    p = row.parameters
+        tags.append(trained_words(row.head, row.train_encoder))
+    # A name that says it already is not explained again.
+    tags = [tag for tag in tags if tag.lower() not in row.name.lower()]
     gaps = [
         f"{LABELS[m]} undefined in {s.missing} of {len(row.results)} results"
         for m, s in row.spreads.items()
@@ -244,10 +256,19 @@ def _line(row: Row, best: dict[str, float | None], primary: str) -> Line:
         cells=tuple(cells),
         seeds=f"{row.n_seeds} × {row.n_folds}" if row.n_units else "–",
         units=str(row.n_units) if row.n_units else "–",
-        trained=grouped(p.trainable) if p else "–",
+        trained=count(row.parameters.trainable) if row.parameters else "–",
+        share=_share(row),
         note="; ".join((*row.notes, *gaps)),
         chance=row.name == CHANCE,
     )
+
+
+def _share(row: Row) -> str:
+    """How much of the encoder trained, where that is known and not plain from the row's tag."""
+    p = row.parameters
+    if not p or not p.encoder or not 0 < p.encoder_trained < p.encoder:
+        return ""
+    return f"{100 * p.encoder_trained / p.encoder:.1f} % of encoder"
 
 
 def _spread_words(scored: Sequence[Row]) -> str:
@@ -265,10 +286,12 @@ def _spread_words(scored: Sequence[Row]) -> str:
 
 
 def _lines(tasks: Sequence[TaskReport], filled: Sequence[Shown], evidence: Evidence) -> list[str]:
-    first = tasks[0] if tasks else None
-    lines = [first.verdict.short if first else "no results to compare"]
-    if first:
+    lines = [task.verdict.short for task in tasks] or ["no results to compare"]
+    if tasks:
+        first = tasks[0]
         counted = f"{len(first.models)} models and {len(first.baselines)} baselines"
+        if len(tasks) > 1:
+            counted = f"{len(tasks)} tasks; of the first, {counted}"
         chance = f"; chance {first.chance:.3f}" if first.chance is not None else ""
         lines.append(f"{counted} on {max(r.n_units for r in first.rows)} test units{chance}")
     else:

@@ -9,7 +9,7 @@ from fmrizoo.report import figures
 from fmrizoo.report.collect import Evidence, Run
 from fmrizoo.report.families import families
 from fmrizoo.report.figures import Curve, Image
-from fmrizoo.report.words import TaskReport, grouped
+from fmrizoo.report.words import TaskReport, classes_word, grouped
 
 
 def curves(evidence: Evidence, *, pretraining: bool = True) -> list[tuple[str, Image]]:
@@ -32,7 +32,7 @@ def curves(evidence: Evidence, *, pretraining: bool = True) -> list[tuple[str, I
     tuned: dict[str, list[Run]] = {}
     for run in evidence.runs:
         if run.curve and not run.pretraining:
-            tuned.setdefault(run.result.name if run.result else run.label, []).append(run)
+            tuned.setdefault(evidence.name(run), []).append(run)
     for part, pick in (("training", _loss), ("validation", _held_out)):
         lines = [
             Curve(name, tuple(xy for r in runs if (xy := _xy(r, pick))[0]))
@@ -96,7 +96,8 @@ def data(evidence: Evidence) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
                 str(len({p.subject for r in runs for p in r.predictions}) or "none"),
             ),
         )
-        label = f"Preprocessing behind {len(runs)} run folder{'s' if len(runs) > 1 else ''}"
+        folders = len({r.owner or r.folder for r in runs})
+        label = f"Preprocessing behind {folders} run folder{'s' if folders > 1 else ''}"
         found.append((label, (*rows, *extra)))
     return found
 
@@ -129,8 +130,13 @@ def methods(evidence: Evidence, tasks: Sequence[TaskReport]) -> list[str]:
         level = report.task.level
         said.append(
             f"Task {report.task.target!r} ({report.task.kind}"
-            + (f", {len(report.task.classes)} classes" if report.task.classes else "")
-            + f"): outputs of the clips of one {level} are averaged (logits for classes), and "
+            + (
+                f", {len(report.task.classes)} {classes_word(report.task)}"
+                if report.task.classes
+                else ""
+            )
+            + f"): outputs of the clips of one {level} are averaged (logits for classes, "
+            f"log-probabilities for levels), and "
             f"every {level} counts once. "
             "Metrics are computed per fold, weighted by test units within a seed, then averaged "
             "over seeds."
@@ -142,7 +148,19 @@ def methods(evidence: Evidence, tasks: Sequence[TaskReport]) -> list[str]:
             "units); features, scaling and weights come from the training runs alone. Their test "
             "runs were read once, after every fit."
         )
+        asked = {key for r in evidence.runs for key in _of_heads(r)}
+        if asked:
+            what = " and ".join(sorted(asked))
+            said.append(f"The heads were trained with {what}; the baselines were not.")
     return said
+
+
+def _of_heads(run: Run) -> list[str]:
+    """Settings of a run's task that only heads follow."""
+    task = run.recipe.get("task") if run.result and run.result.kind == "finetune" else None
+    task = task if isinstance(task, dict) else {}
+    weights = ["class weights"] if task.get("class_weights", "none") != "none" else []
+    return weights + (["label smoothing"] if task.get("label_smoothing") else [])
 
 
 def _name(section: Any) -> str:

@@ -18,6 +18,16 @@ LABELS = {
     "mae": "mean absolute error",
     "r2": "R²",
     "pearson_r": "Pearson r",
+    "quadratic_kappa": "quadratic kappa",
+    "spearman_r": "Spearman r",
+}
+TRAINED = {
+    ("linear", "none"): "linear probe",
+    ("linear", "last_block"): "last two layers",
+    ("complex", "none"): "complex readout, frozen",
+    ("lora", "lora"): "LoRA",
+    ("prompt", "prompt"): "prompts",
+    ("prompt", "prompts"): "prompts",
 }
 _UNITS = {"event": "events", "run": "runs", "subject": "subjects"}
 
@@ -55,7 +65,8 @@ class Pair:
             return "cannot be said: no paired predictions"
         if not self.gap.clear:
             return "not clear: the interval includes 0"
-        better = self.gap.mean < 0 if self.first.task.kind == "regression" else self.gap.mean > 0
+        share = self.first.task.kind == "classification"  # else an error, where less is better
+        better = self.gap.mean > 0 if share else self.gap.mean < 0
         return "yes" if better else "no, it is worse"
 
 
@@ -102,6 +113,21 @@ def plus_minus(s: Spread | None) -> str:
 def signed(value: float) -> str:
     """``+0.120``."""
     return f"{value:+.3f}".replace("-", "−")
+
+
+def trained_words(head: str | None, train_encoder: str) -> str:
+    """What of a row's model trained: ``LoRA``, ``last two layers``, …"""
+    if train_encoder == "all":
+        return "all weights"
+    if head is None:  # results of before there was more than one head
+        return "encoder frozen" if train_encoder == "none" else train_encoder
+    what = "encoder frozen" if train_encoder == "none" else train_encoder
+    return TRAINED.get((head, train_encoder), f"{head} head, {what}")
+
+
+def classes_word(task: TaskInfo) -> str:
+    """What the classes of a task are called."""
+    return "levels" if task.kind == "ordinal" else "classes"
 
 
 def units(task: TaskInfo, n: int) -> str:
@@ -205,37 +231,55 @@ def _one_sided(task: TaskInfo, model: Row | None, baseline: Row | None) -> Verdi
 
 def _pretraining(models: Sequence[Row], evidence: Evidence) -> list[Pair]:
     """Pairs of rows that differ in nothing but the weights they start from."""
+    groups: dict[tuple[str, str | None, str], list[Row]] = {}
+    for row in models:
+        if row.train_encoder and row.primary:
+            key = (_backbone(row, evidence), row.head, row.train_encoder)
+            groups.setdefault(key, []).append(row)
+    several = len({backbone for backbone, _, _ in groups}) > 1
     found = []
-    for trains, words in (("none", "encoder frozen"), ("all", "all weights trained")):
-        own = [r for r in models if r.train_encoder == trains and r.primary]
+    for (backbone, head, trains), own in sorted(groups.items(), key=_cheapest_first):
         first = [r for r in own if r.init == "pretrained"]
         second = [r for r in own if r.init == "random"]
         if len(first) == len(second) == 1:
             gap = _compare(first[0], second[0], evidence)
-            question = f"pretrained against random weights, {words}"
-            found.append(Pair(question, first[0], second[0], gap))
+            what = trained_words(head, trains) + (f", {backbone}" if several and backbone else "")
+            found.append(
+                Pair(f"pretrained against random weights: {what}", first[0], second[0], gap)
+            )
     return found
+
+
+def _cheapest_first(group: tuple[tuple[str, str | None, str], list[Row]]) -> tuple[str, int, str]:
+    (backbone, head, trains), own = group
+    size = min((r.parameters.trainable for r in own if r.parameters), default=0)
+    return backbone, size, f"{head}{trains}"
+
+
+def _backbone(row: Row, evidence: Evidence) -> str:
+    """Name of the row's backbone; empty if no recipe says it."""
+    mine = (r.recipe.get("backbone") for r in evidence.runs if _belongs(r.result, row))
+    return next((str(b["name"]) for b in mine if isinstance(b, dict) and "name" in b), "")
 
 
 def _warnings(own: Sequence[Row], evidence: Evidence) -> list[str]:
     said = []
+    if torn := [row.name for row in own if not row.complete]:
+        said.append(
+            f"{'; '.join(torn)}: not every seed covers every fold, so mean and s.d. mix seeds "
+            "with folds."
+        )
+    if once := [row.name for row in own if row.n_seeds == 1 and row.kind == "finetune"]:
+        names = "; ".join(once) if len(once) < 4 else f"{len(once)} models"
+        said.append(f"{names}: one seed only; a mean over at least three seeds is the custom here.")
     for row in own:
-        if not row.complete:
-            said.append(
-                f"{row.name}: not every seed covers every fold, so its mean and s.d. mix seeds "
-                "with folds."
-            )
-        if row.n_seeds == 1 and row.kind == "finetune":
-            said.append(
-                f"{row.name}: one seed only; a mean over at least three seeds is the custom here."
-            )
         mine = [r for r in evidence.runs if _belongs(r.result, row)]
         leaky = [r for r in mine if seen_in_test(r)]
         if leaky:
-            names = set().union(*map(seen_in_test, leaky))
+            seen = set().union(*map(seen_in_test, leaky))
             said.append(
                 f"{row.name}: in {len(leaky)} of {len(mine)} results the weights had been trained "
-                f"on the BOLD of test runs ({len(names)} runs, such as {min(names)}; without their "
+                f"on the BOLD of test runs ({len(seen)} runs, such as {min(seen)}; without their "
                 "labels). That is no test on unseen recordings."
             )
     shas = {row.name: {r.split_sha for r in row.results if r.n_test} for row in own}

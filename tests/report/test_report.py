@@ -153,8 +153,8 @@ def test_pretraining_is_compared_with_random_weights(tree: Path) -> None:
     (found,) = task_reports(collect([tree]))
     assert [p.question for p in found.verdict.pairs] == [
         "the best model against the best baseline",
-        "pretrained against random weights, encoder frozen",
-        "pretrained against random weights, all weights trained",
+        "pretrained against random weights: encoder frozen",
+        "pretrained against random weights: all weights",
     ]
     gap = found.verdict.pairs[1].gap
     first, second = (
