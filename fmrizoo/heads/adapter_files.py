@@ -219,7 +219,7 @@ def _sorted_out(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Tensors by peft's names → (A, B) by layer, and the head's state."""
     readout, halves = {}, {}
-    for key, value in tensors.items():
+    for key, value in sorted(tensors.items()):
         layer, mark, half = key.removeprefix(PREFIX).rpartition(".lora_")
         if not key.startswith(PREFIX):
             raise CheckpointError(f"{path} is no peft adapter: {key} does not start with {PREFIX}")

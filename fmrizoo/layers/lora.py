@@ -114,7 +114,8 @@ class LoraLinear(nn.Module):
         inward = nn.Linear(self.in_features, settings.rank, bias=False, **options)  # Kaiming, √5
         outward = nn.Linear(settings.rank, self.out_features, bias=False, **options)
         nn.init.zeros_(outward.weight)
-        self.lora_A[name], self.lora_B[name] = inward, outward
+        self.lora_A[name] = inward.train(self.training)
+        self.lora_B[name] = outward.train(self.training)
         self.lora_dropout[name] = nn.Dropout(settings.dropout).train(self.training)
         self.settings[name] = settings
         self.active = (name,)

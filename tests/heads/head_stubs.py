@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,10 +105,21 @@ def index_of(grid: Sequence[int]) -> Tensor:
 
 def batch_of(clips: int = 3, target: Tensor | None = None, frames: int = 3) -> Batch:
     """Clips whose brains differ in size."""
-    torch.manual_seed(7)
+    drawn = torch.Generator().manual_seed(7)
     mask = torch.zeros(clips, *VOXELS[:3], dtype=torch.bool)
     for clip, brain in enumerate(mask):
         brain[: 7 - clip, 1:, : 4 - clip % 2] = True
-    bold = torch.randn(clips, 1, *VOXELS[:3], frames)
+    bold = torch.randn(clips, 1, *VOXELS[:3], frames, generator=drawn)
     names = [f"{i:02d}" for i in range(clips)]
     return Batch(bold, mask, torch.ones(clips), names, names, torch.zeros(clips), target)
+
+
+def clip_of(batch: Batch, clip: int) -> Batch:
+    """One clip of a batch alone."""
+    rows = slice(clip, clip + 1)
+    return replace(
+        batch,
+        bold=batch.bold[rows], mask=batch.mask[rows], tr=batch.tr[rows], start=batch.start[rows],
+        subject=batch.subject[rows], run=batch.run[rows],
+        target=None if batch.target is None else batch.target[rows],
+    )  # fmt: skip
