@@ -352,11 +352,13 @@ def _matrix(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
         bias_name = f"base_layer.{bias_name}"
     weight, bias = inner.weight, inner.bias
     unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    # Without the bias, which would round the weights away in bf16; in the weights' own dtype.
-    without = {} if bias is None else {bias_name: torch.zeros_like(bias)}
     with _no_autocast(unit):
-        effect: Tensor = torch.func.functional_call(linear, without, (unit,))
-    return effect.t(), bias
+        # Contiguous as a weight: an adapter that adds nothing yet changes no bit of the products.
+        if bias is None:
+            return linear(unit).t().contiguous(), None
+        # Without the bias: in bf16 the sum would round the weights.
+        nothing = {bias_name: torch.zeros_like(bias)}
+        return torch.func.functional_call(linear, nothing, (unit,)).t().contiguous(), bias
 
 
 def _no_autocast(u: Tensor) -> AbstractContextManager[object]:

@@ -375,13 +375,13 @@ class NeuroMamba(Backbone):
         found: dict[int, list[Tensor]] = {number: [] for number in keep}
         for pack in packs:
             part = pack.take(x)
-            places = None if frame is None else frame.places(pack, lengths, length)
+            places = None if frame is None else frame.places(pack, lengths, length, x.device)
             for number, block in enumerate(self._blocks()[: max(keep, default=-1) + 1]):
                 if prompts is not None and places is not None:
                     part = overwrite(part, places, prompts[number])
                 part = self._through(block, part, pack)
                 if number in keep:
-                    found[number].append(self.norm(part) if number == last else part)
+                    found[number].append(self._normed(part) if number == last else part)
         kept = {}
         for number, parts in found.items():
             values = give_back(packs, parts, batch, length)
@@ -390,6 +390,11 @@ class NeuroMamba(Backbone):
                 values = values * tokens.valid.unsqueeze(-1)
             kept[number] = Features(values, tokens.index, tokens.valid, tokens.grid, tokens.brain)
         return kept
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """The last norm. Autocast leaves ``x`` narrower than the weight: PyTorch would warn."""
+        normed: Tensor = self.norm(x.to(torch.promote_types(x.dtype, self.norm.weight.dtype)))
+        return normed
 
     def _through(self, block: MambaBlock, x: Tensor, pack: Pack) -> Tensor:
         """One block, which is run again in the backward pass if that is asked for."""
@@ -424,7 +429,7 @@ class NeuroMamba(Backbone):
         for block, before in zip(self._blocks(), states, strict=True):
             values, reached = block.extend(values, before)
             after.append(reached)
-        return self.norm(values), after
+        return self._normed(values), after
 
     def lora_targets(self) -> tuple[str, ...]:
         """Suffixes of the Linear modules that low-rank adapters may wrap."""

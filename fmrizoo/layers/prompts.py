@@ -65,13 +65,16 @@ class Frame:
         """The inverse of :meth:`around`."""
         return x[:, self.count : x.shape[1] - (self.extra - self.count)]
 
-    def places(self, pack: Pack, lengths: Sequence[int], length: int) -> Tensor:
-        """``(sequences · extra,)`` rows of ``pack`` that are prompts, all of one after the other.
+    def places(
+        self, pack: Pack, lengths: Sequence[int], length: int, device: torch.device
+    ) -> Tensor:
+        """``(sequences · extra,)`` rows of ``pack`` that are prompts, sequence by sequence.
 
         Args:
             pack: Of a batch with the extra places.
             lengths: Tokens of every sample, without them.
             length: To which the samples are padded, with them.
+            device: Where the rows are.
         """
         prompt = torch.arange(self.count)
         start = torch.arange(len(lengths)).unsqueeze(1) * length
@@ -79,13 +82,13 @@ class Frame:
         if self.after:
             ends.append(start + self.count + torch.tensor(lengths).unsqueeze(1) + prompt)
         places = torch.cat(ends, 1).flatten()
-        if pack.rows is None:
-            return places
-        rows = pack.rows.flatten()
-        where = torch.full((len(lengths) * length,), -1)
-        where[rows.cpu()] = torch.arange(len(rows))
-        found = where[places]
-        return found[found >= 0].to(rows.device)
+        if pack.rows is not None:
+            rows = pack.rows.flatten().cpu()
+            where = torch.full((len(lengths) * length,), -1)
+            where[rows] = torch.arange(len(rows))
+            places = where[places]
+            places = places[places >= 0]
+        return places.to(device)
 
 
 def overwrite(x: Tensor, places: Tensor, prompts: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_stubs import convolve, scan
 from torch import Tensor, nn
 
 from fmrizoo.backbones import mamba2_kernels
@@ -274,32 +275,6 @@ def test_what_the_kernels_get_stays_within_32_bits() -> None:
         width = 2 * heads * head_dim + 2 * groups * states + heads
         assert most * width < 2**31
         assert most // chunk * heads * head_dim * states < 2**31
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Any, activation: str) -> Tensor:
-    """The interface of causal-conv1d, with what its kernel asks of strides."""
-    assert x.stride(1) == 1 and x.stride(2) % 8 == 0 and activation == "silu"
-    parts = []
-    for piece in sequences(x, seq_idx, 2):
-        padded = F.pad(piece, (weight.shape[1] - 1, 0))
-        parts.append(F.conv1d(padded, weight.unsqueeze(1), bias, groups=len(weight)))
-    return F.silu(torch.cat(parts, 2))
-
-
-def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **o: Any) -> Tensor:
-    """The interface of mamba-ssm's scan, with a state that is reset where ``seq_idx`` changes."""
-    assert o["dt_softplus"] and o["chunk_size"] & (o["chunk_size"] - 1) == 0
-    dt = F.softplus(dt + o["dt_bias"])
-    rows = [sequences(t, o["seq_idx"], 1) for t in (x, dt, B, C)]
-    parts = [ssd(a, b, A, c, d, backend="ref")[0] for a, b, c, d in zip(*rows, strict=True)]
-    return torch.cat(parts, 1) + o["D"][:, None] * x
-
-
-def sequences(t: Tensor, seq_idx: Tensor | None, axis: int) -> list[Tensor]:
-    if seq_idx is None:
-        return [t]
-    assert len(t) == 1 and seq_idx.dtype == torch.int32
-    return list(t.split(torch.bincount(seq_idx[0]).tolist(), axis))
 
 
 @pytest.mark.parametrize("values", [{}, {"ngroups": 2, "bias": True}, {"d_state": 5}])

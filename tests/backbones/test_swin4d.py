@@ -267,6 +267,58 @@ def test_causal_outputs_and_gradients_equal_the_plain_transcription(values: dict
     torch.testing.assert_close(d_a, d_b, atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.parametrize("values", CONFIGS)
+def test_prompts_equal_those_of_the_plain_transcription(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp64, features 1e-10, gradients 1e-9. The reference sets them before every window's keys."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 20_000)
+    torch.manual_seed(0)
+    config = Swin4DConfig(patch_size=[2, 2, 2, 1], **{**SMALL, **values})
+    ours, reference = Swin4D(config).double(), plain(config).double()
+    reference.load_state_dict(ours.state_dict())
+    ours.set_checkpointing("window-chunk")
+    prompts = [
+        torch.randn(3, width, dtype=torch.float64, requires_grad=True)
+        for width in ours.prompt_widths()
+    ]
+    blocks = [m for m in reference.modules() if hasattr(m, "window")]
+    for block, prompt in zip(blocks, prompts, strict=True):
+        show(block, prompt)
+    bold = torch.randn(2, 1, *config.img_size, dtype=torch.float64, requires_grad=True)
+    a = ours.encode_stages(ours.tokenize(bold), (-1,), prompts=prompts)[0].to_grid()
+    b = reference(bold)
+    torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+    weight = torch.randn_like(a)
+    leaves = [bold, *prompts]
+    of_theirs = [*leaves, *(p for n, p in sorted(reference.named_parameters()) if "norm1" in n)]
+    of_ours = [*leaves, *(p for n, p in sorted(ours.named_parameters()) if "norm1" in n)]
+    d_a = torch.autograd.grad((a * weight).sum(), of_ours)
+    d_b = torch.autograd.grad((b * weight).sum(), of_theirs)
+    for x, y in zip(d_a, d_b, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-9, rtol=1e-7)
+
+
+def show(block: Any, prompts: torch.Tensor) -> None:
+    """Make all windows of a plain block attend to ``prompts`` too."""
+    attn = block.attn
+
+    def forward(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        windows, tokens, width = x.shape
+        count = len(prompts)
+        before = block.norm1(prompts).expand(windows, -1, -1)
+        qkv = attn.qkv(torch.cat([before, x], 1)).unflatten(-1, (3, attn.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        logits = q[:, :, count:] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+        if mask is not None:
+            every = mask.to(logits.dtype).repeat(windows // len(mask), 1, 1).unsqueeze(1)
+            logits[..., count:] += every
+        mixed = (logits.softmax(-1) @ v).transpose(1, 2).reshape(windows, tokens, width)
+        return attn.proj(mixed)
+
+    attn.forward = forward
+
+
 def look_no_further(block: Any) -> None:
     """Make a plain block causal: time runs fastest in its windows."""
     attend = block.attn.forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -68,14 +69,23 @@ def rotated(x: Tensor, grid: tuple[int, ...], theta: float) -> Tensor:
     return out
 
 
-def plain_block(block: SwinBlock, x: Tensor, grid: tuple[int, ...], mask: Tensor) -> Tensor:
-    """``x (m, n, d)``, ``n`` cells of ``grid``."""
+def plain_block(
+    block: SwinBlock, x: Tensor, grid: tuple[int, ...], mask: Tensor, prompts: Tensor | None = None
+) -> Tensor:
+    """``x (m, n, d)``, ``n`` cells of ``grid``; ``prompts (p, d)``: keys that all queries see."""
     m, n, d = x.shape
     heads = block.attn.heads
     h = layer_norm(x, (d,), block.norm1.weight, block.norm1.bias)
     h = h @ block.attn.qkv.weight.T + block.attn.qkv.bias
     q, k, v = h.view(m, n, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
     q, k = (rotated(part, grid, 1e4) for part in (q, k))
+    if prompts is not None:
+        seen = layer_norm(prompts, (d,), block.norm1.weight, block.norm1.bias)
+        seen = seen @ block.attn.qkv.weight.T + block.attn.qkv.bias
+        _, first_k, first_v = seen.view(1, -1, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
+        k = torch.cat([first_k.expand(m, -1, -1, -1), k], 2)
+        v = torch.cat([first_v.expand(m, -1, -1, -1), v], 2)
+        mask = torch.cat([torch.ones(n, len(prompts), dtype=torch.bool), mask], 1)
     logits = q @ k.transpose(-1, -2) / (d // heads) ** 0.5
     weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
     h = (weights @ v).transpose(1, 2).reshape(m, n, d)
@@ -85,7 +95,14 @@ def plain_block(block: SwinBlock, x: Tensor, grid: tuple[int, ...], mask: Tensor
     return x + h @ block.mlp.linear2.weight.T + block.mlp.linear2.bias
 
 
-def plain_stage(stage: FactorizedStage, x: Tensor, config: Any, last: bool, causal: bool) -> Tensor:
+def plain_stage(
+    stage: FactorizedStage,
+    x: Tensor,
+    config: Any,
+    last: bool,
+    causal: bool,
+    prompts: Iterator[Tensor | None],
+) -> Tensor:
     """``x (b, x, y, z, t, d)``."""
     b, *space, t, d = x.shape
     window = space if last and config.last_layer_full_msa else config.window_size
@@ -95,14 +112,14 @@ def plain_stage(stage: FactorizedStage, x: Tensor, config: Any, last: bool, caus
         rows = x.reshape(-1, t, d)
         for odd, one in enumerate(block.temporal):
             mask = allowed((t,), (config.temporal_window,), bool(odd)) & past
-            rows = plain_block(one, rows, (t,), mask)
+            rows = plain_block(one, rows, (t,), mask, next(prompts))
         return rows.view_as(x)
 
     def spatial(block: FactorizedBlock, x: Tensor) -> Tensor:
         rows = x.flatten(1, 3).transpose(1, 2).reshape(b * t, -1, d)
         for odd, one in enumerate(block.spatial):
             mask = allowed(tuple(space), tuple(window), bool(odd))
-            rows = plain_block(one, rows, tuple(space), mask)
+            rows = plain_block(one, rows, tuple(space), mask, next(prompts))
         return rows.view(b, t, -1, d).transpose(1, 2).reshape(x.shape)
 
     for block in stage.blocks:
@@ -118,14 +135,20 @@ def plain_stage(stage: FactorizedStage, x: Tensor, config: Any, last: bool, caus
     return x
 
 
-def transcription(backbone: SwinFactorized, bold: Tensor, causal: bool = False) -> Tensor:
+def transcription(
+    backbone: SwinFactorized,
+    bold: Tensor,
+    causal: bool = False,
+    prompts: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Features ``(b, d, x, y, z, t)`` of clips that need no padding."""
     config = backbone.config
+    given: Iterator[Tensor | None] = itertools.repeat(None) if prompts is None else iter(prompts)
     tokens = backbone.tokenize(bold)
     x = tokens.values.view(len(bold), *tokens.grid, -1)
     for number, stage in enumerate(backbone.layers):
         last = number + 1 == len(backbone.layers)
-        x = plain_stage(stage, x, config, last, causal)
+        x = plain_stage(stage, x, config, last, causal, given)
         if not last:
             steps = [range(2) if g > 1 else range(1) for g in x.shape[1:4]]
             parts = [
@@ -172,6 +195,31 @@ def test_outputs_and_gradients_equal_the_plain_transcription(
     with torch.no_grad():
         c = backbone.encode(backbone.tokenize(bold), causal=causal).to_grid()
     torch.testing.assert_close(c, a, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("values", CASES, ids=range(len(CASES)))
+def test_prompts_equal_those_of_the_plain_transcription(
+    values: dict[str, Any], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp64, features within 1e-10, gradients of prompts and parameters within 1e-9."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 3000)
+    backbone = model(**values).double()
+    backbone.set_checkpointing("window-chunk")
+    prompts = [
+        torch.randn(2, width, dtype=torch.float64, requires_grad=True)
+        for width in backbone.prompt_widths()
+    ]
+    bold = torch.randn(2, 1, *values["img_size"], dtype=torch.float64)
+    tokens = backbone.tokenize(bold)
+    a = backbone.encode_stages(tokens, (-1,), causal=causal, prompts=prompts)[0].to_grid()
+    b = transcription(backbone, bold, causal, prompts)
+    torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+    weight = torch.randn_like(a)
+    leaves = [*prompts, *backbone.parameters()]
+    found, wanted = (torch.autograd.grad((v * weight).sum(), leaves) for v in (a, b))
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-9, rtol=1e-7)
 
 
 def test_windows_wrap_around_neither_end_of_time() -> None:
