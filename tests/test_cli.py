@@ -195,7 +195,10 @@ TUNE = ("finetune", "finetune/haxby_slice")
             "has 121 frames, a clip spans 200",
         ),
         ((*TUNE, "task.kind=regression"), "trial_type='scissors' is not a number"),
-        ((*TUNE, "task.target=trial_typ"), "no column task.target='trial_typ'. Did you mean"),
+        (
+            (*TUNE, "task.target=trial_typ"),
+            "no column 'trial_typ' (or nothing in it). Did",
+        ),
     ],
 )
 def test_bad_recipes_and_data(
@@ -220,7 +223,7 @@ def test_bad_recipes_and_data(
         (("pretrain", "finetune/haxby_slice"), "a pretraining recipe needs an objective"),
         (("finetune", "pretrain/haxby_slice"), "a fine-tuning recipe needs a head"),
         ((*TUNE, "init_from=gone"), "gone holds no exported model"),
-        (("baselines", "finetune/haxby_slice", "task.target=x"), "no column task.target='x'"),
+        (("baselines", "finetune/haxby_slice", "task.target=x"), "have no column 'x'"),
     ],
 )
 def test_more_bad_recipes(

@@ -143,7 +143,7 @@ def test_unknown_keys_at_any_depth_get_the_nearest_one(key: str, near: str) -> N
         ("backbone.name=null", "backbone.name must be a name, got None"),
         ("backbone.name=swin5d", r"unknown backbone 'swin5d'. Did you mean 'swin4d'\?"),
         ("backbone=7", "'backbone.name' is missing. Available: neuromamba, swin4d"),
-        ("head.pool=mean", "'head.name' is missing. Available: linear"),
+        ("head.pool=mean", "'head.name' is missing. Available: complex, linear, lora, prompt"),
         ("init_from={fold}", "init_from: "),
         ("train.steps=${nope}", "Interpolation key 'nope' not found"),
     ],

@@ -438,6 +438,12 @@ def downstream_of(
     return model.train()
 
 
+def head_recipe(name: str, head: str, settings: dict[str, Any]) -> dict[str, Any]:
+    section = {"name": head, **HEAD_SMALL.get(head, {}), **settings}
+    clip = {"clip_frames": CLIP.t}
+    return {"backbone": {"name": name, **SMALL[name]}, "head": section, "data": clip}
+
+
 def encoder_parts(model: DownstreamModel) -> tuple[list[str], list[str]]:
     """Names of the encoder's parameters that train, and of those that do not."""
     found: tuple[list[str], list[str]] = ([], [])
@@ -500,8 +506,7 @@ def test_model_with_a_head_comes_back_equal(
             if parameter.grad is not None:
                 parameter -= 0.1 * parameter.grad.sign()
     model.eval()
-    section = {"name": head, **HEAD_SMALL.get(head, {}), **settings}
-    recipe = compose({"backbone": {"name": name, **SMALL[name]}, "head": section})
+    recipe = compose(head_recipe(name, head, settings))
     save_model(tmp_path / "model", model, ModelInfo(to_dict(recipe), tasks=tasks))
     again = fmrizoo.load(tmp_path / "model")
     assert isinstance(again, DownstreamModel) and again.head.tasks == tasks
@@ -518,8 +523,7 @@ def test_an_encoder_goes_on_without_its_head(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
-    section = {"name": head, **HEAD_SMALL.get(head, {}), **settings}
-    recipe = compose({"backbone": {"name": name, **SMALL[name]}, "head": section})
+    recipe = compose(head_recipe(name, head, settings))
     save_model(tmp_path / "model", model, ModelInfo(to_dict(recipe), tasks=(TASKS[0],)))
     plain, batch = backbone_of(name, 1).eval(), batch_of()
     zoo.load_encoder(plain, tmp_path / "model")

@@ -17,6 +17,7 @@ from fmrizoo.data.loader import Loader
 from fmrizoo.data.prepare import prepare
 from fmrizoo.data.sample import sample_path
 from fmrizoo.data.store import Store
+from fmrizoo.data.targets import fit_tasks
 from fmrizoo.zoo import build_model, load_recipe
 
 PROBE = [
@@ -77,13 +78,13 @@ def test_many_permutations_average_to_chance(sample_store: Path) -> None:
     recipe = load_recipe("finetune/haxby_slice", given)
     store = Store(sample_store)
     table = ClipTable.labelled(store, store.select(recipe.data.select), recipe.data, recipe.task)
-    classes = {name: i for i, name in enumerate(table.classes())}
+    tasks = fit_tasks(table, recipe.task)
     torch.manual_seed(0)
     encoder = build_model(replace(recipe, head=None)).eval()
     with torch.no_grad():
         parts = [
             (encoder(b.bold, b.mask).pooled("space"), b.target)
-            for c in Loader(table, recipe.data, 24, targets=classes).epoch()
+            for c in Loader(table, recipe.data, 24, tasks=tasks).epoch()
             for b in [c.to_batch("cpu")]
         ]
     features = torch.cat([f for f, _ in parts])

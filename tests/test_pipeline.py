@@ -178,7 +178,7 @@ def test_every_artefact_can_be_inspected(chain: Chain) -> None:
     assert (point["kind"], point["faults"]) == ("checkpoint", [])
     assert (point["state"]["step"], point["state"]["world_size"]) == (4, 1)
     model = describe(chain.finetuned / "model", verify=True)
-    assert model["kind"] == "model" and model["task"]["kind"] == "classification"
+    assert model["kind"] == "model" and model["tasks"][0]["kind"] == "classification"
     assert model["tensors"] > 10 and len(model["seen_runs"]) == 5
     split = describe(chain.finetuned / "split.json")
     assert (split["kind"], len(split["test"])) == ("split", 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -148,7 +149,7 @@ def test_unknown_pooling_is_refused() -> None:
     ones = torch.ones(1, 1)
     index = torch.zeros(1, 1, 4, dtype=torch.long)
     one = Features(ones[..., None], index, ones.bool(), Grid(1, 1, 1, 1), ones)
-    with pytest.raises(RecipeError, match="must be one of mean, brain, space, got 'max'"):
+    with pytest.raises(RecipeError, match="must be one of mean, brain, space, frame, got 'max'"):
         one.pooled("max")
 
 
@@ -158,10 +159,36 @@ def test_tasks() -> None:
     with pytest.raises(RecipeError, match=r"at least two classes .* found \['a'\]"):
         TaskSpec("classification", ("a",))
     for std in (0.0, float("nan")):
-        with pytest.raises(RecipeError, match=f"s.d. is {std}: nothing to predict"):
+        with pytest.raises(RecipeError, match=f"s.d. {std}: nothing to predict"):
             TaskSpec("regression", std=std)
     with pytest.raises(RecipeError, match="got 'ranking'"):
         TaskSpec("ranking")
+    levels = TaskSpec("ordinal", ("low", "mid", "high"), name="pain")
+    assert (levels.outputs, levels.scores) == (2, 3)
+    assert [levels.target_of(v) for v in ("low", "high")] == [0, 2]
+    assert math.isnan(levels.target_of(None))
+    with pytest.raises(DataError, match=r"pain 'none' does not occur .*known: low, mid, high"):
+        levels.target_of("none")
+    for wrong, said in (
+        ({"weights": (1.0,)}, "3 classes but 1 weights"),
+        ({"smoothing": 0.1}, "label smoothing is for classification"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            replace(levels, **wrong)
+    with pytest.raises(RecipeError, match="is a regression: it has no classes"):
+        TaskSpec("regression", weights=(1.0,))
+
+
+def test_frames_are_means_over_the_valid_places_of_each_slot() -> None:
+    grid = Grid(2, 1, 1, 3)
+    index = torch.cartesian_prod(*(torch.arange(s) for s in grid)).unsqueeze(0)
+    values = torch.arange(12.0).view(1, 6, 2)
+    valid = torch.tensor([[True, True, True, False, True, False]])
+    found = Features(values, index, valid, grid, valid.float())
+    # Slot 0 has the place 0 alone, slot 1 both, slot 2 the place 0 alone.
+    expected = torch.stack([values[0, 0], (values[0, 1] + values[0, 4]) / 2, values[0, 2]])
+    torch.testing.assert_close(found.by_frame()[0], expected)
+    assert torch.equal(found.pooled("frame"), found.by_frame().flatten(1))
 
 
 def test_equal_contracts_have_no_differences_whatever_wrote_them() -> None:

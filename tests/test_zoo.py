@@ -36,7 +36,8 @@ def exported(folder: Path, recipe: dict[str, Any], task: TaskSpec | None = None)
     torch.manual_seed(0)
     composed = compose(recipe)
     model = zoo.build_model(composed, task)
-    info = ModelInfo(to_dict(composed), CONTRACT, task, seen_runs=("sub-01_run-1",))
+    tasks = (task,) if task else ()
+    info = ModelInfo(to_dict(composed), CONTRACT, tasks, seen_runs=("sub-01_run-1",))
     save_model(folder / "model", model, info)
     return model
 
@@ -167,7 +168,7 @@ def test_an_exported_model_comes_back_from_run_or_model_folder(
         assert type(back) is type(model) and same_weights(back, model)
         assert not back.training
     if task is not None:
-        assert isinstance(back, DownstreamModel) and back.head.task == task
+        assert isinstance(back, DownstreamModel) and back.head.tasks == (task,)
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
