@@ -118,6 +118,6 @@ def count(number: int) -> str:
 
 
 def megabytes(size: int) -> str:
-    """``108 MB``, ``1.3 MB``, ``0.02 MB`` (2²⁰ bytes)."""
+    """``108 MB``, ``1.3 MB``, ``0.011 MB`` (2²⁰ bytes)."""
     value = size / MB
-    return f"{value:.0f} MB" if value >= 10 else f"{value:.{1 if value >= 1 else 2}f} MB"
+    return f"{value:.0f} MB" if value >= 10 else f"{value:.2g} MB"
