@@ -350,7 +350,8 @@ def _matrix(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
             )
         inner = inner.base_layer
         bias_name = f"base_layer.{bias_name}"
-    weight, bias = inner.weight, inner.bias
+    weight: Tensor = inner.weight
+    bias: Tensor | None = inner.bias
     unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
     with _no_autocast(unit):
         # Contiguous as a weight: an adapter that adds nothing yet changes no bit of the products.

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from kernel_stubs import convolve, scan
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fmrizoo.backbones import mamba2_kernels
 from fmrizoo.backbones.mamba2 import Mamba2
+from fmrizoo.backbones.mamba2_slices import Mix
 from fmrizoo.backbones.ssd import ssd
 from fmrizoo.errors import MissingExtraError, RecipeError
 from fmrizoo.layers.ragged import Pack, end_to_end, give_back
@@ -207,28 +209,173 @@ def test_a_strong_decay_takes_shorter_chunks_and_stays_right() -> None:
     torch.testing.assert_close(m(u), plain(m, u), atol=1e-11, rtol=1e-9)
 
 
-def test_adapters_around_the_projections_count() -> None:
-    class Adapter(nn.Module):
-        def __init__(self, base: nn.Linear) -> None:
-            super().__init__()
-            self.base_layer = base
-            self.down = nn.Linear(base.in_features, 2, bias=False, dtype=base.weight.dtype)
-            self.up = nn.Linear(2, base.out_features, bias=False, dtype=base.weight.dtype)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_only_wanted_gradients_are_computed(recompute: bool) -> None:
+    """Any choice of weights: the bits of full training, and the products of the rest are spared."""
+    m = mixer(rows=64, bias=True)
+    m.recompute = recompute
+    norm, u = torch.rand(32), torch.randn(2, 75, 32)
+    weight = torch.randn(2, 75, 32)
 
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.base_layer(x) + self.up(self.down(x))
-            return out
+    def run(chosen: set[str], of_input: bool) -> tuple[dict[str, Tensor | None], int]:
+        for name, parameter in m.named_parameters():
+            parameter.requires_grad_(name in chosen)
+            parameter.grad = None
+        x = u.clone().requires_grad_(of_input)
+        counted = {torch.ops.aten.addmm_: in_place_flops}  # the counter knows it not
+        with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+            loss = (m.run(x, Pack(), prenorm=norm, residual=True) * weight).sum()
+            loss.backward()
+        found = {name: p.grad for name, p in m.named_parameters()}
+        return {**found, "u": x.grad}, counter.get_total_flops()
 
-    m = mixer(bias=True).double()
+    names = {name for name, _ in m.named_parameters()}
+    everything, most = run(names, True)
+    tokens, projected = 2 * 75, m.in_proj.out_features
+    inward, outward = (2 * tokens * 32 * width for width in (projected, m.inner))
+    spared = {
+        (frozenset(names - {"in_proj.weight"}), True): inward,
+        (frozenset(names - {"out_proj.weight", "norm.weight"}), True): outward,
+        (frozenset(names), False): inward,
+        (frozenset({"in_proj.weight"}), True): outward,
+        (frozenset(), True): inward + outward,
+        (frozenset({"conv1d.weight", "D"}), False): 2 * inward + outward,
+        (frozenset({"A_log"}), False): 2 * inward + outward,
+        (frozenset({"dt_bias", "in_proj.bias"}), True): inward + outward,
+        (frozenset({"out_proj.bias", "conv1d.bias"}), True): inward + outward,
+    }
+    for (chosen, of_input), less in spared.items():
+        found, flops = run(set(chosen), of_input)
+        assert most - flops == less, chosen
+        for name, gradient in found.items():
+            wanted = everything[name]
+            if name in chosen or (name == "u" and of_input):
+                assert gradient is not None and wanted is not None
+                assert torch.equal(gradient, wanted), name
+            else:
+                assert gradient is None, name
+
+
+def in_place_flops(_: Any, left: list[int], right: list[int], **rest: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def test_nothing_is_kept_where_no_gradients_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Function sees ``requires_grad``, not whether gradients are recorded."""
+    given: list[Any] = []
+    apply = Mix.apply
+    monkeypatch.setattr(Mix, "apply", lambda *args: given.append(args) or apply(*args))
+    m, u = mixer(), torch.randn(1, 40, 32, requires_grad=True)
+    with torch.no_grad():
+        without = m(u)
+    assert not any(isinstance(t, Tensor) and t.requires_grad for t in given.pop())
+    assert torch.equal(without, m(u))
+    assert any(isinstance(t, Tensor) and t.requires_grad for t in given.pop())
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter around a Linear, or around another adapter."""
+
+    def __init__(self, base: Any, size: tuple[int, int], dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base_layer = base
+        torch.manual_seed(size[0])
+        self.drop = nn.Dropout(dropout)
+        self.down = nn.Linear(size[0], 2, bias=False)
+        self.up = nn.Linear(2, size[1], bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.down(self.drop(x).to(self.down.weight.dtype))
+        out: Tensor = self.base_layer(x) + self.up(low).to(x.dtype)
+        return out
+
+
+def adapted(nested: bool = False, dropout: float = 0.0, **values: Any) -> Mamba2:
+    """A mixer with adapters around both projections."""
+    m = mixer(**values)
+    for name in ("in_proj", "out_proj"):
+        base = getattr(m, name)
+        size = (base.in_features, base.out_features)
+        made = Adapter(base, size, dropout)
+        setattr(m, name, Adapter(made, size) if nested else made)
+    return m.requires_grad_(False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_adapters_around_the_projections_count(nested: bool, bias: bool, recompute: bool) -> None:
+    """fp64, relative 1e-9, all gradients too; also token by token and piece by piece."""
+    m = adapted(nested, rows=16, bias=bias).double()
+    m.recompute = recompute
     u = torch.randn(1, 20, 32, dtype=torch.float64)
-    before = m(u)
-    m.in_proj = Adapter(m.in_proj)  # type: ignore[assignment]
-    m.out_proj = Adapter(m.out_proj)  # type: ignore[assignment]
-    after = m(u)
-    assert not torch.allclose(before, after)
-    torch.testing.assert_close(after, plain(m, u), atol=1e-11, rtol=1e-9)
-    after.sum().backward()
-    assert m.in_proj.down.weight.grad is not None and m.out_proj.up.weight.grad is not None
+    assert not torch.allclose(m(u), mixer(bias=bias).double()(u))
+    mine = [p.requires_grad_() for n, p in m.named_parameters() if "down" in n or "up" in n]
+    assert len(mine) == (8 if nested else 4)
+    weight = torch.randn_like(u)
+    found, wanted = m(u), plain(m, u)
+    torch.testing.assert_close(found, wanted, atol=1e-11, rtol=1e-9)
+    gradients = [torch.autograd.grad((y * weight).sum(), mine) for y in (found, wanted)]
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).abs().max() < 1e-9 * b.abs().max()
+    state, outputs = None, []
+    with torch.no_grad():
+        for piece in u.split([1, 1, 1, 16, 1], 1):
+            y, state = m.extend(piece, state)
+            outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs, 1), found.detach(), atol=1e-11, rtol=1e-9)
+    first, state = m.extend(u[:, :7])
+    second, _ = m.extend(u[:, 7:], state)
+    again = torch.autograd.grad((torch.cat([first, second], 1) * weight).sum(), mine)
+    for a, b in zip(again, gradients[1], strict=True):
+        assert (a - b).abs().max() < 1e-9 * b.abs().max()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_adapter_that_adds_nothing_changes_no_bit(nested: bool, autocast: bool) -> None:
+    """bf16 with a bias (which must not round the weights away), fp32 under autocast."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    m, before = adapted(nested, bias=True).to(dtype), mixer(bias=True).to(dtype)
+    for name, parameter in m.named_parameters():
+        if "up" in name:
+            nn.init.zeros_(parameter)
+    u = torch.randn(1, 40, 32, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(m(u), before(u))
+
+
+def test_adapters_in_bf16_are_close_and_may_be_wider() -> None:
+    """bf16 base, adapters in bf16 and in fp32: outputs within 3 %, gradients within 5 % in norm."""
+    u, found = torch.randn(1, 40, 32), []
+    for base, wide in ((torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float)):
+        m = adapted(bias=True).to(base)
+        mine = [p for n, p in m.named_parameters() if "down" in n or "up" in n]
+        for parameter in mine:
+            parameter.data = parameter.data.to(wide)
+            parameter.requires_grad_()
+        out = m(u.to(base))
+        gradients = torch.autograd.grad(out.float().square().sum(), mine)
+        assert out.dtype == base and all(g.dtype == wide for g in gradients)
+        found.append((out, *gradients))
+    for other in found[1:]:
+        for number, (a, b) in enumerate(zip(other, found[0], strict=True)):
+            assert (a.float() - b).norm() < (0.05 if number else 0.03) * b.norm()
+
+
+def test_dropout_of_an_adapter_is_the_same_for_all_tokens() -> None:
+    """The same token twice, far apart, without a memory: one output."""
+    m = adapted(dropout=0.5).train()
+    first, second = m.weights().inward, m.weights().inward
+    assert not torch.equal(first, second)
+    assert torch.equal(m.eval().weights().inward, m.weights().inward)
+
+
+def test_what_is_neither_a_linear_nor_around_one_is_refused() -> None:
+    m = mixer()
+    m.in_proj = nn.Sequential(m.in_proj)  # type: ignore[assignment]
+    with pytest.raises(RecipeError, match="adapter with a base_layer, got a Sequential"):
+        m(torch.randn(1, 8, 32))
 
 
 def test_starts_as_mamba_ssm_does() -> None:
