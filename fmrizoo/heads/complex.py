@@ -2,7 +2,7 @@
 
 Learned queries look at the features of all chosen stages, frame by frame (pooling by attention: Lee
 et al. 2019, "Set Transformer"; as a probe with an MLP after it: Bardes et al. 2024, "V-JEPA").
-Positions enter the keys only, so that a query can look for a place.
+Positions enter what is compared (queries, keys), not what is taken (values).
 
 Shape letters: ``b`` samples, ``k`` cells, ``t`` time slots, ``q`` queries of all targets, ``d``
 features of a stage, ``w`` width of the readout.
@@ -33,7 +33,7 @@ MLP_RATIO = 2
 
 @dataclass
 class ComplexConfig:
-    """Attentive readout of several stages of the frozen encoder, with a mixer over frames."""
+    """Attentive readout of several stages of the frozen encoder; optional mixer over frames."""
 
     name: str = "complex"
     stages: list[int] = field(default_factory=lambda: [-2, -1])  # negative: from the end
@@ -41,7 +41,7 @@ class ComplexConfig:
     dim: int = 128  # width of the readout
     queries: int = 1  # learned queries per target
     num_heads: int = 4  # of attention
-    temporal: str = "attention"  # between frames: none (their mean) | attention (then their mean)
+    temporal: str = "none"  # before the mean over frames: none | attention between them
     depth: int = 1  # layers of the temporal mixer
     dropout: float = 0.0  # on attention weights, in MLPs, on the pooled queries
 
@@ -88,18 +88,22 @@ class Attention(nn.Module):
 
 
 class FrameMixer(nn.Module):
-    """Pre-norm transformer layer over frames."""
+    """Pre-norm transformer layer over frames; adds nothing at the start."""
 
     def __init__(self, config: ComplexConfig) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
         self.attention = Attention(config.dim, config.num_heads, config.dropout)
         self.mlp = MLP(config.dim, MLP_RATIO * config.dim, config.dropout)
+        for last in (self.attention.out, self.mlp.linear2):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
-    def forward(self, x: Tensor, present: Tensor) -> Tensor:
-        """``(n, t, w)`` → same shape; ``present (n, t)``."""
+    def forward(self, x: Tensor, times: Tensor, present: Tensor) -> Tensor:
+        """``(n, t, w)`` → same shape; ``times (t, w)``, ``present (n, t)``."""
         h = self.norm1(x)
-        x = x + self.attention(h, h, h, present)
+        placed = h + times
+        x = x + self.attention(placed, placed, h, present)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
 
@@ -176,11 +180,11 @@ class ComplexHead(TaskHead):
         x = x + self.mlp(self.norm(x))
         x = x.view(b, t, -1, width).transpose(1, 2)
         if self.mixer:
-            x = x + _time_table(t, width, x)
+            times = _time_table(t, width, x)
             rows = frames.repeat_interleave(x.shape[1], 0)
             flat = x.flatten(0, 1)
             for layer in self.mixer:
-                flat = layer(flat, rows)
+                flat = layer(flat, times, rows)
             x = flat.view_as(x)
         weight = frames.to(x.dtype) / frames.sum(1, keepdim=True)
         pooled = self.dropout(self.last_norm(torch.einsum("bqtw,bt->bqw", x, weight)))

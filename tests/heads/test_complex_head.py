@@ -143,6 +143,12 @@ def test_frames_in_another_order_matter_to_the_mixer_alone() -> None:
         assert same == (temporal == "none")
 
 
+def test_the_mixer_adds_nothing_at_the_start() -> None:
+    plain, mixed = (model_of(temporal=how).eval() for how in ("none", "attention"))
+    mixed.head.load_state_dict(plain.head.state_dict(), strict=False)
+    torch.testing.assert_close(mixed.predict(batch_of()), plain.predict(batch_of()))
+
+
 def test_places_are_in_the_keys() -> None:
     model = spread(model_of(temporal="none"))
     read = list(model.read(batch_of(2)))
