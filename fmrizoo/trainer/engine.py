@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -278,6 +279,17 @@ class Engine:
             ) from error
         if path is None:
             raise CheckpointError(f"{folder} holds no DeepSpeed checkpoint")
+
+    def whole(self) -> AbstractContextManager[Any]:
+        """While this lasts every parameter is whole on every rank (ZeRO 3 takes them apart).
+
+        DeepSpeed brings a partitioned parameter together when the ``forward`` of the module that
+        holds it is called, or that of the whole model. Validation calls other methods as well.
+        """
+        if self.stage < 3:
+            return nullcontext()
+        gathered = self._deepspeed.zero.GatheredParameters(list(self.model.parameters()))
+        return cast(AbstractContextManager[Any], gathered)
 
     def learned(self) -> set[str]:
         """Names of what training may change: trained parameters, and all buffers."""

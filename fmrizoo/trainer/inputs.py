@@ -71,7 +71,8 @@ class TrainerInputs:
         loader_for: ``(world, clips per micro-batch) -> stream`` of this rank.
         world: This process among the ranks.
         validate: ``(model, device) -> metrics``; called in ``eval()`` without gradients on every
-            rank (ZeRO 3 needs all of them); rank 0's answer counts. Cast clips to the dtype of the
+            rank (ZeRO 3 needs all of them), which may use any method of the model; rank 0's
+            answer counts. Cast clips to the dtype of the
             model's parameters. ``train.monitor`` says which metric decides what is the best.
         on_step: Called on rank 0 after every step.
         contract, tasks, seen_runs: Stored with the exported model.

@@ -262,7 +262,8 @@ class _Run:
         """Validation, metrics, checkpoint and display of one step."""
         validation = None
         if self.inputs.validate and (self.over() or _due(event.step, self.cfg.validate_every)):
-            answer = run_validation(self.inputs.validate, self.inputs.model, self.device)
+            with cast(Engine, self.engine).whole():
+                answer = run_validation(self.inputs.validate, self.inputs.model, self.device)
             validation = cast(dict[str, float], self.ranks.everywhere(answer))
             if self.watch.take(event.step, validation) and self.cfg.keep_best:
                 self.watch.sha256 = cast(Saver, self.saver).keep_best(event.step)
