@@ -321,6 +321,13 @@ def test_the_facts_beside_an_adapter_are_true(tmp_path: Path) -> None:
         "encoder_sha256": encoder_sha256(Tiny()),
         "weights_sha256": sha256_of(folder / "adapter_model.safetensors"),
     }
+    shapes = {k: tuple(v.shape) for k, v in load_file(folder / "adapter_model.safetensors").items()}
+    assert shapes == {
+        f"base_model.model.blocks.{block}.{layer}.lora_{half}.weight": shape
+        for block, width in enumerate((6, 6, 8))
+        for layer, ends in (("fc1", (width, 2 * width)), ("fc2", (2 * width, width)))
+        for half, shape in (("A", (2, ends[0])), ("B", (ends[1], 2)))
+    }
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["target_modules"] == ["fc1", "fc2"] and config["r"] == 2
     some = Tiny()
