@@ -29,6 +29,8 @@ def fit_tasks(table: ClipTable, task: TaskConfig) -> tuple[TaskSpec, ...]:
         DataError: a target without any label, or clips of one unit that disagree.
         RecipeError: a target with one class only, or that does not vary.
     """
+    if (names := tuple(task.wanted())) != table.targets:
+        raise DataError(f"the clips are labelled with {table.targets}, the task wants {names}")
     units = table.unit_labels()
     found = []
     for k, column in enumerate(columns_of(task)):

@@ -134,7 +134,9 @@ def ordinal(target: ArrayLike, scores: ArrayLike) -> Metrics:
     y, s = _classes(target, scores)
     predicted, expected = median_level(s), softmax(s) @ np.arange(s.shape[1])
     varied, answered = bool(np.ptp(y) > 0), bool(np.ptp(expected) > _rounding(expected))
-    kappa = cohen_kappa_score(y, predicted, weights="quadratic") if varied else None
+    # All levels by name: distances are between levels, not between those that happen to occur.
+    every = list(range(s.shape[1]))
+    kappa = cohen_kappa_score(y, predicted, labels=every, weights="quadratic") if varied else None
     r = spearmanr(y, expected).statistic if varied and answered else None
     values: Values = {
         "quadratic_kappa": None if kappa is None else float(kappa),

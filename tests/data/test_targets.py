@@ -114,6 +114,8 @@ def test_a_target_without_labels_is_named(blank: ClipTable) -> None:
     table = clips(blank, task, {"a": (1, ("F", None)), "b": (2, ("M", None))})
     with pytest.raises(DataError, match="no training unit has a label 'age'"):
         fit_tasks(table, task)
+    with pytest.raises(DataError, match=r"labelled with \('sex', 'age'\), the task wants \('age',"):
+        fit_tasks(table, people({"age": "regression"}))
 
 
 def test_another_part_must_hold_known_classes(blank: ClipTable) -> None:

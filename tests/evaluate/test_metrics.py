@@ -100,6 +100,13 @@ def test_kappa_weighs_far_misses_more() -> None:
     assert metrics.ordinal(target, levels(target, 4))["quadratic_kappa"] == 1.0
 
 
+def test_kappa_counts_levels_that_do_not_occur() -> None:
+    target, predicted = [0, 1, 3, 3], [0, 1, 3, 1]
+    found = metrics.ordinal(target, levels(predicted, 5))["quadratic_kappa"]
+    expected = sum((t - p) ** 2 for t in target for p in predicted) / 4
+    assert found == pytest.approx(1 - 4 / expected)
+
+
 def test_kappa_of_any_constant_answer_is_zero() -> None:
     for level in range(3):
         found = metrics.ordinal([0, 1, 1, 2], levels([level] * 4, 3))
