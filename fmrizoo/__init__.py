@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fmrizoo.data.store import Store as Store
+    from fmrizoo.evaluate.embed import Embedder as Embedder
     from fmrizoo.registry import register_backbone as register_backbone
     from fmrizoo.registry import register_head as register_head
     from fmrizoo.registry import register_objective as register_objective
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # Public names and where they live: imported at first use, so that `import fmrizoo` and the
 # command line start without torch.
 _PUBLIC = {
+    "Embedder": "fmrizoo.evaluate.embed",
     "Store": "fmrizoo.data.store",
     "build": "fmrizoo.zoo",
     "create_backbone": "fmrizoo.zoo",

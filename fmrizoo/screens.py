@@ -14,6 +14,7 @@ from fmrizoo.trainer.accounting import count, megabytes
 if TYPE_CHECKING:
     from fmrizoo.analysis.heads import HeadRow
     from fmrizoo.analysis.memory import MemoryRow
+    from fmrizoo.evaluate.results import Result
 
 
 def backbones(rows: Sequence[dict[str, Any]]) -> Group:
@@ -99,7 +100,36 @@ def heads(title: str, rows: Sequence[HeadRow]) -> Group:
         "settings. Optimizer: AdamW's moments, in bf16 with fp32 master weights; shared between "
         "ranks from ZeRO stage 1 on."
     )
-    return Group(table, *refused, Text(said, style="dim"))
+    return Group(Text(said, style="dim"), table, *refused)
+
+
+def results(found: Sequence[Result]) -> Table:
+    """One line per row name and target, averaged over folds and seeds, the best first."""
+    from fmrizoo.evaluate.metrics import PRIMARY
+    from fmrizoo.evaluate.summary import rows
+
+    shown = rows(found)
+    several = len({row.task.target for row in shown}) > 1
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    for name in ["", *["target"] * several, "metric"]:
+        table.add_column(name)
+    for name in ("mean ± s.d.", "seeds × folds", "units", "chance"):
+        table.add_column(name, justify="right")
+    for row in shown:
+        metric = PRIMARY[row.task.kind]
+        cells = [row.name, *[row.task.target] * several, metric]
+        if row.primary is None:
+            table.add_row(*cells, "not applicable")
+            continue
+        deviation = "" if row.primary.std is None else f" ± {row.primary.std:.3f}"
+        table.add_row(
+            *cells,
+            f"{row.primary.mean:.3f}{deviation}",
+            f"{row.n_seeds} × {row.n_folds}",
+            str(row.n_units),
+            "" if row.chance is None else f"{row.chance:.3f}",
+        )
+    return table
 
 
 def memory(rows: Sequence[MemoryRow]) -> Table:

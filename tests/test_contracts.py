@@ -46,7 +46,7 @@ SMALL = {
         "img_size": list(CLIP),
         "patch_size": [2, 2, 2, 2],
         "embed_dim": 16,
-        "depth": 2,
+        "depth": 3,
         "d_state": 8,
         "head_dim": 8,
     },

@@ -77,8 +77,10 @@ class Embedder:
         if pool not in POOLS:
             raise RecipeError(f"pool={pool!r} is not known.{suggest(pool, list(POOLS))}")
         if (pool == "parcel") != (atlas is not None):
-            wrong = "needs an atlas of parcels" if pool == "parcel" else "makes no use of an atlas"
-            raise RecipeError(f"pool={pool} {wrong} (pool=parcel does)")
+            wrong = "needs a file of parcels: labels on the voxels of the store"
+            if pool != "parcel":
+                wrong = "makes no use of parcels: take pool=parcel, or leave them out"
+            raise RecipeError(f"pool={pool} {wrong}")
         self.where, self.weights, self.contract = Path("the model in memory"), "", contract
         self._check = contract is not None or isinstance(source, str | Path)
         if isinstance(source, str | Path):

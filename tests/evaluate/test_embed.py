@@ -335,8 +335,8 @@ def test_atlases_that_do_not_fit_are_refused(traits: Store, tmp_path: Path) -> N
     ("settings", "said"),
     [
         ({"pool": "means"}, "pool='means' is not known. Did you mean 'mean'"),
-        ({"pool": "parcel"}, "pool=parcel needs an atlas"),
-        ({"atlas": np.ones((6, 6, 4), int)}, "pool=mean makes no use of an atlas"),
+        ({"pool": "parcel"}, "pool=parcel needs a file of parcels"),
+        ({"atlas": np.ones((6, 6, 4), int)}, "pool=mean makes no use of parcels"),
         ({"stage": 2}, r"stages \[2\] do not exist: the backbone has 2"),
     ],
 )

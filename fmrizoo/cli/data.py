@@ -1,0 +1,100 @@
+"""Commands about data and files: prepare, inspect."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fmrizoo.cli.shell import Overrides, app, out, progress
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        str, typer.Argument(help="BIDS or fMRIPrep folder, TSV of files, or sample:haxby2001.")
+    ],
+    store: Annotated[Path, typer.Argument(help="Folder of the store to write or add to.")],
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose prepare section is used.", show_default=False)
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Publish the good runs even if others are unusable.")
+    ] = False,
+) -> None:
+    """NIfTI runs → one checksummed HDF5 file per subject."""
+    from fmrizoo.data.prepare import ProgressEvent
+    from fmrizoo.data.prepare import prepare as run
+    from fmrizoo.zoo import load_recipe
+
+    # Without a recipe the overrides alone make one: prepare.codec=gzip, …
+    composed = load_recipe(recipe if recipe else {}, overrides or [])
+    with progress("prepare") as update:
+
+        def note(event: ProgressEvent) -> None:
+            update(event.done, event.total, f"{event.run} {event.state}")
+
+        report = run(source, store, composed.prepare, skip_bad=skip_bad, on_progress=note)
+    out.print(
+        f"{store}: {len(report.prepared)} runs prepared, {len(report.kept)} kept, "
+        f"{len(report.skipped)} skipped",
+        soft_wrap=True,
+    )
+    if report.skipped:
+        table = Table("run", "file", "reason", title="skipped")
+        for row in report.skipped:
+            table.add_row(row.run, row.file, row.reason)
+        out.print(table)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Store, run folder, model folder or split file.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte and compare every checksum.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a store, run folder, checkpoint or model holds."""
+    from fmrizoo.inspection import describe
+
+    found = describe(path, verify=verify)
+    if as_json:
+        out.print_json(json.dumps(found))
+        return
+    out.print(_outline(found))
+    if found.get("faults"):
+        raise typer.Exit(1)
+
+
+def _outline(values: dict[str, Any]) -> Table:
+    """Keys beside their values; nested mappings as tables of their own, lists on one line."""
+    table = Table.grid(padding=(0, 2))
+    for key, value in values.items():
+        shown: Any = Text(_plain(value))
+        if isinstance(value, dict) and value:
+            shown = _outline(value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            shown = Group(*(Text(_plain(item)) for item in value))
+        table.add_row(Text(key.replace("_", " "), style="bold"), shown)
+    return table
+
+
+def _plain(value: Any) -> str:
+    """A value as a person would write it; long lists are cut short and counted."""
+    if value is None or value in ([], {}):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_plain(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        rest = f" … {len(value)} in all" if len(value) > 8 else ""
+        return ", ".join(_plain(v) for v in value[:8]) + rest
+    return str(value)
