@@ -184,19 +184,38 @@ def test_patience_that_runs_out_at_the_last_step_stops_nothing(tmp_path: Path) -
     assert train(given(tmp_path, script(), patience=5)).already_finished
 
 
+STOPPING = {"patience": 3, "save_every": 2, "keep_best": True}
+KEEPING = {"save_every": 2, "keep_best": True}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Distance, Path]:
+    """A run that is best after step 2, so that patience 3 ends it after step 5."""
+    root = tmp_path_factory.mktemp("stopped")
+    goal = distance(root / "plain", 2)
+    assert train(given(root / "whole", goal, **STOPPING)).step == 5
+    return goal, root / "whole"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Distance, Path]:
+    """A run that is best after step 3 of 6."""
+    root = tmp_path_factory.mktemp("kept")
+    goal = distance(root / "plain", 3)
+    train(given(root / "whole", goal, **KEEPING))
+    return goal, root / "whole"
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 5])
-def test_stopping_survives_a_kill(tmp_path: Path, cut: int) -> None:
-    """Best after step 2, so patience 3 ends it after step 5."""
-    same = {"patience": 3, "save_every": 2, "keep_best": True}
-    goal = distance(tmp_path / "plain", 2)
-    assert train(given(tmp_path / "whole", goal, **same)).step == 5
+def test_stopping_survives_a_kill(tmp_path: Path, stopped: tuple[Distance, Path], cut: int) -> None:
+    (goal, whole), same = stopped, STOPPING
     kill(given(tmp_path / "cut", goal, **same), cut)
     done = train(given(tmp_path / "cut", goal, **same))
     # The checkpoint of step 5 was published before the kill: nothing is left but the export.
     assert done.resumed_from == {1: None, 2: 2, 3: 2, 4: 4, 5: 5}[cut]
     assert done.stopped_early and done.step == 5
-    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
-    assert same_weights(tmp_path / "cut", tmp_path / "whole")
+    assert timeless(tmp_path / "cut") == timeless(whole)
+    assert same_weights(tmp_path / "cut", whole)
 
 
 def test_a_signal_in_the_last_step_before_stopping(tmp_path: Path) -> None:
@@ -259,10 +278,10 @@ def test_only_what_training_may_change_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("how", ["kill", "signal"])
-def test_best_survives_the_end_at_any_step(tmp_path: Path, cut: int, how: str) -> None:
-    same = {"keep_best": True, "save_every": 2}
-    goal = distance(tmp_path / "plain", 3)
-    train(given(tmp_path / "whole", goal, **same))
+def test_best_survives_the_end_at_any_step(
+    tmp_path: Path, kept: tuple[Distance, Path], cut: int, how: str
+) -> None:
+    (goal, whole), same = kept, KEEPING
     job = given(tmp_path / "cut", goal, **same)
     if how == "kill":
         kill(job, cut)
@@ -275,8 +294,8 @@ def test_best_survives_the_end_at_any_step(tmp_path: Path, cut: int, how: str) -
         train(replace(job, on_step=ask))
     done = train(given(tmp_path / "cut", goal, **same))
     assert done.step == 6 and done.best_step == 3
-    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
-    assert same_weights(tmp_path / "cut", tmp_path / "whole")
+    assert timeless(tmp_path / "cut") == timeless(whole)
+    assert same_weights(tmp_path / "cut", whole)
     assert files(tmp_path / "cut" / "best") == ["step-000003.safetensors"]
 
 
@@ -305,11 +324,14 @@ def test_files_that_a_kept_checkpoint_counts_on_stay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_torn_best_weights(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_torn_best_weights(
+    tmp_path: Path,
+    kept: tuple[Distance, Path],
+    damage: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """An older checkpoint, whose best weights are whole, makes them again; else it is said."""
-    same = {"keep_best": True, "save_every": 2}
-    goal = distance(tmp_path / "plain", 3)
-    train(given(tmp_path / "whole", goal, **same))
+    (goal, whole), same = kept, KEEPING
     out = tmp_path / "cut"
     kill(given(out, goal, **same), 5)
     harm(out / "best" / "step-000003.safetensors", damage)
@@ -319,7 +341,7 @@ def test_torn_best_weights(tmp_path: Path, damage: str, caplog: pytest.LogCaptur
     errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
     assert len(errors) == 1 and "step-000004 is damaged and not used" in errors[0]
     assert "best weights best/step-000003.safetensors" in errors[0]
-    assert timeless(out) == timeless(tmp_path / "whole") and same_weights(out, tmp_path / "whole")
+    assert timeless(out) == timeless(whole) and same_weights(out, whole)
     # Finished: nothing is read any more.
     harm(out / "best" / "step-000003.safetensors", damage)
     assert train(given(out, goal, **same)).already_finished

@@ -17,6 +17,7 @@ import torch
 from cache_tiny import WIDTH, Encoder, Job, job
 from trainer_tiny import ALONE, rows, timeless
 
+from fmrizoo import pipeline
 from fmrizoo.data.reader import RunReader
 from fmrizoo.errors import CheckpointError, CorruptStoreError, RecipeError, TrainingError
 from fmrizoo.trainer.cache import CachedStream, FeatureCache
@@ -25,6 +26,7 @@ from fmrizoo.trainer.export import read_model
 from fmrizoo.trainer.loop import StepEvent, train
 from fmrizoo.trainer.ranks import Ranks
 from fmrizoo.trainer.shards import Shard
+from fmrizoo.zoo import load_recipe
 
 CPU = torch.device("cpu")
 
@@ -63,6 +65,35 @@ def test_equals_the_uncached_run(sample: Job, tmp_path: Path, stage: int) -> Non
     other.model.head.dropout.p = 0.0
     train(other)
     assert abs(rows(tmp_path / "other")[0]["loss"] - rows(tmp_path / "plain")[0]["loss"]) > 1e-3
+
+
+SMALL = {
+    "swin4d": ["embed_dim=8", "depths=[2,2]", "num_heads=[1,2]"],
+    "swin_factorized": ["embed_dim=12", "depths=[4,4]", "num_heads=[2,2]"],
+    "neuromamba": ["embed_dim=16", "depth=2", "d_state=8", "head_dim=8"],
+}
+HEADS = {
+    "linear": ["pool=space", "norm=batch"],
+    "complex": ["dim=16", "num_heads=2", "cells=2"],
+}
+
+
+@pytest.mark.parametrize("head", sorted(HEADS))
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_every_backbone(name: str, head: str, sample_store: Path, tmp_path: Path) -> None:
+    """The whole job, from the labels to the test result, with dropout in the head."""
+    given = [f"backbone.{text}" for text in SMALL[name]]
+    given += [f"head={head}", "objective=null", "head.dropout=0.3"]
+    given += [f"head.{text}" for text in HEADS[head]] + [f"data.store={sample_store}"]
+    given += ["train.steps=3", "train.validate_every=1", "train.lr=1e-2", "train.keep_best=true"]
+    tested = []
+    for kept in (False, True):
+        more = [*given, f"train.cache_features={kept}"]
+        recipe = load_recipe(f"pretrain/haxby_{name}_simmim", more)
+        tested.append(pipeline.finetune(recipe, tmp_path / str(kept)))
+    same_numbers(tmp_path / "True", tmp_path / "False", rel=1e-5)
+    plain, cached = (result for result in tested if result is not None)
+    assert cached.metrics == pytest.approx(plain.metrics)
 
 
 def test_equals_the_uncached_run_in_bf16(sample: Job, tmp_path: Path) -> None:
@@ -251,7 +282,7 @@ def test_no_room_is_said_before_the_work(
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(CheckpointError, match=r"features need 0\.0\d MB in .* make room, or"):
+        with pytest.raises(CheckpointError, match=r"features need 0\.0\d+ MB in .* make room, or"):
             train(sample.inputs(tmp_path, cached=True))
     assert not list(tmp_path.rglob("*.npy")) and not (tmp_path / "recipe.yaml").exists()
 
