@@ -204,8 +204,14 @@ class FeatureCache:
 
     def remove(self) -> None:
         """Delete the files (one rank calls this)."""
-        if self.folder.is_dir():
+        if not self.folder.is_dir():
+            return
+        try:
             shutil.rmtree(self.folder)
+        except OSError as error:
+            # Some network folders keep files that another rank still maps; the run is finished.
+            log.warning("%s is no longer needed but could not be removed: %s", self.folder, error)
+        else:
             log.info("removed %s: the run is finished, its features can be made again", self.folder)
 
     def _loader(self, part: str, batch: int, world: World) -> Loader:

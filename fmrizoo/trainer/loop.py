@@ -94,7 +94,8 @@ class _Run:
         self.step = 0
         self.resumed_from: int | None = None
         self.saved_at: int | None = None
-        self.before, self.began = 0.0, time.monotonic()  # seconds of earlier starts, this start
+        # Seconds of earlier starts and of making features; when this start, or training, began.
+        self.before, self.began = 0.0, time.monotonic()
         self.watch = Watch(self.cfg)
         self.accounting: Accounting | None = None
         self.engine: Engine | None = None
@@ -119,7 +120,10 @@ class _Run:
             return True
         # Before DeepSpeed changes the encoder's weights (dtype) or takes them apart (ZeRO 3).
         dtype = DTYPES[self.cfg.precision]
-        return cache.build(self.device, dtype, self.ranks, lambda: self.stop.requested)
+        made = cache.build(self.device, dtype, self.ranks, lambda: self.stop.requested)
+        # What is saved at every step is paid for here.
+        self.before, self.began = self._seconds(), time.monotonic()
+        return made
 
     def start(self) -> None:
         """Engine, checkpoint, folder: everything before the first step."""
@@ -158,7 +162,7 @@ class _Run:
         self._check(folder, state)
         self.saver.load(folder)
         self.step = self.resumed_from = self.saved_at = state.step
-        self.before = state.seconds
+        self.before += state.seconds
         self.watch.recall(state)
         log.info("resuming from %s", folder)
 
