@@ -110,14 +110,16 @@ def results(found: Sequence[Result]) -> Table:
 
     shown = rows(found)
     several = len({row.task.target for row in shown}) > 1
+    metrics = {PRIMARY[row.task.kind] for row in shown}
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    for name in ["", *["target"] * several, "metric"]:
+    for name in ["", *["target"] * several, *["metric"] * (len(metrics) > 1)]:
         table.add_column(name)
-    for name in ("mean ± s.d.", "seeds × folds", "units", "chance"):
+    value = "mean ± s.d." if len(metrics) > 1 else f"{min(metrics)} ± s.d."
+    for name in (value, "seeds × folds", "units", "chance"):
         table.add_column(name, justify="right")
     for row in shown:
-        metric = PRIMARY[row.task.kind]
-        cells = [row.name, *[row.task.target] * several, metric]
+        cells = [row.name, *[row.task.target] * several]
+        cells += [PRIMARY[row.task.kind]] * (len(metrics) > 1)
         if row.primary is None:
             table.add_row(*cells, "not applicable")
             continue

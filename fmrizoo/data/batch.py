@@ -88,6 +88,11 @@ class ClipFacts:
     labels: Labels = ()
     targets: tuple[int | float, ...] = ()
 
+    @property
+    def facts(self) -> ClipFacts:
+        """These alone, without what a subclass holds beside them (voxels)."""
+        return ClipFacts(**{f.name: getattr(self, f.name) for f in fields(ClipFacts)})
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CompactSample(ClipFacts):
@@ -103,11 +108,6 @@ class CompactSample(ClipFacts):
     rows: Array
     decode: RunDecode
     seed: int
-
-    @property
-    def facts(self) -> ClipFacts:
-        """All but the voxels, which then need not be kept."""
-        return ClipFacts(**{f.name: getattr(self, f.name) for f in fields(ClipFacts)})
 
 
 def batch_target(clips: Sequence[ClipFacts], device: torch.device | str = "cpu") -> Tensor | None:

@@ -147,7 +147,7 @@ def _validate(
         batch = compact.to_batch(device, dtype)
         outputs.append(model.outputs(batch).float())
         targets.append(cast(torch.Tensor, batch.target))
-        facts += compact.samples
+        facts += [sample.facts for sample in compact.samples]
     together = torch.cat(outputs)
     # torch.cat promotes: a batch in which a class label is missing is not integer as others are.
     loss = model.head.loss(together, torch.cat(targets))
