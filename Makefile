@@ -39,8 +39,10 @@ types: install
 bench: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/backbones/test_mamba2.py -k transformers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/heads/test_lora_head.py -k peft
 	$(BIN)/python benchmarks/swin4d.py
 	$(BIN)/python benchmarks/backbones.py
+	$(BIN)/python benchmarks/heads.py --precision fp32 bf16
 	$(BIN)/python benchmarks/store.py
 
 clean:

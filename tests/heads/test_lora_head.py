@@ -338,6 +338,23 @@ def test_the_facts_beside_an_adapter_are_true(tmp_path: Path) -> None:
                                         "blocks.2.fc2"]  # fmt: skip
 
 
+def test_an_adapter_that_peft_wrote_adds_what_it_added_there() -> None:
+    """A fixture from the peft package, for where that is not installed; see its README."""
+    folder = Path(__file__).parents[1] / "fixtures" / "peft_adapter"
+    encoder = Tiny().eval()
+    for k, (_, parameter) in enumerate(sorted(encoder.named_parameters())):
+        steps = torch.arange(parameter.numel(), dtype=torch.float64) * 0.7 + k * 1.3
+        with torch.no_grad():
+            parameter.copy_((torch.sin(steps) * 0.3).view(parameter.shape))
+    expected = load_file(folder / "expected.safetensors")
+    with torch.no_grad():
+        plain = encoder.blocks[1](encoder.blocks[0](expected["input"]))
+        adapters.load(encoder, folder, name="theirs")
+        found = encoder.blocks[1](encoder.blocks[0](expected["input"]))
+    torch.testing.assert_close(found, expected["output"], atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(plain, found, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("name", "targets"), [*((name, []) for name in ENCODERS), ("tiny", ["blocks.1.fc1", "fc2"])]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -247,9 +248,7 @@ def test_damaged_or_foreign_features_are_made_again(
     assert done.resumed_from == 2 and timeless(out) == timeless(tmp_path / "whole")
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1
-    assert (
-        pytest.importorskip("re").search(said, warnings[0]) and "making them again" in warnings[0]
-    )
+    assert re.search(said, warnings[0]) and "making them again" in warnings[0]
 
 
 def test_what_decides_the_features(sample: Job, tmp_path: Path) -> None:
