@@ -1,8 +1,9 @@
 """Low-rank adapters around a Linear layer.
 
 Source: Hu et al. 2022, "LoRA": ``y = W x + b + (alpha / rank) · B A x`` with A ``(rank, in)`` drawn
-and B ``(out, rank)`` zero at the start. Names, initialisation (A: Kaiming uniform with a = √5) and
-the order of the operations are those of the peft package, so that both give equal bits.
+and B ``(out, rank)`` zero at the start. Names and initialisation (A: Kaiming uniform with a = √5)
+are those of the peft package; what an adapter adds is summed inside the matrix product, so results
+agree with peft's to rounding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fmrizoo.errors import CheckpointError, RecipeError
 
@@ -42,6 +45,42 @@ class LoraSettings:
     def scale(self) -> float:
         """Factor on what the adapter adds."""
         return self.alpha / self.rank
+
+
+class _Adapted(torch.autograd.Function):
+    """``x Wᵀ + b + s · x Aᵀ Bᵀ`` with W and b frozen: nothing as large as x or y is formed twice.
+
+    Kept for the backward pass: x and ``x Aᵀ``, as the composed operations do.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows @ a.t()
+        out = F.linear(rows, weight, bias)
+        out.addmm_(low, b.t(), alpha=scale)
+        ctx.save_for_backward(rows, low, weight, a, b)
+        ctx.scale = scale
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        rows, low, weight, a, b = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        d = grad.reshape(-1, grad.shape[-1])
+        d_low = d @ b * ctx.scale if wanted[0] or wanted[3] else None
+        d_x = d_a = d_b = None
+        if wanted[0]:
+            d_x = (d @ weight).addmm_(d_low, a).view(*grad.shape[:-1], -1)
+        if wanted[3]:
+            assert d_low is not None
+            d_a = d_low.t() @ rows
+        if wanted[4]:
+            d_b = (d.t() @ low) * ctx.scale
+        return d_x, None, None, d_a, d_b, None
 
 
 class LoraLinear(nn.Module):
@@ -143,13 +182,35 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(…, in)`` → ``(…, out)``."""
+        if len(self.active) == 1 and self._plainly(x):
+            (name,) = self.active
+            down, up = self.lora_A[name].weight, self.lora_B[name].weight
+            weight, bias, scale = self.base_layer.weight, self.base_layer.bias, self._scale(name)
+            adapted: Tensor = _Adapted.apply(x, weight, bias, down, up, scale)
+            return adapted
         out: Tensor = self.base_layer(x)
         if self.merged:
             return out
         for name in self.active:
             low = self.lora_A[name](self.lora_dropout[name](x))
-            out = out + self.lora_B[name](low) * self.settings[name].scale
+            out = out + self.lora_B[name](low) * self._scale(name)
         return out
+
+    def _scale(self, name: str) -> float:
+        return self.settings[name].scale
+
+    def _plainly(self, x: Tensor) -> bool:
+        """Whether the one active adapter can be summed inside the matrix product."""
+        base = self.base_layer
+        frozen = not base.weight.requires_grad and (
+            base.bias is None or not base.bias.requires_grad
+        )
+        dropout = cast(nn.Dropout, self.lora_dropout[self.active[0]])
+        drops = dropout.training and dropout.p > 0  # a frozen encoder's own modules are in eval()
+        # Autocast chooses dtypes operation by operation.
+        kind = x.device.type
+        mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return frozen and not self.merged and not drops and not mixed
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -361,7 +361,7 @@ def test_an_adapter_that_peft_wrote_adds_what_it_added_there() -> None:
 def test_peft_reads_our_files_and_we_read_its(
     name: str, targets: list[str], tmp_path: Path
 ) -> None:
-    """Oracle: the peft package. Equal names, equal files, outputs equal to the bit."""
+    """Oracle: the peft package. Equal names and files, outputs equal to rounding."""
     peft = pytest.importorskip("peft")
     ours = encoder_of(name).eval()
     adapters.add(ours, targets, rank=3, alpha=5.0, dropout=0.1)
@@ -369,7 +369,7 @@ def test_peft_reads_our_files_and_we_read_its(
     adapters.save(ours, tmp_path / "ours", readout=torch.nn.Linear(2, 2))
     theirs = peft.PeftModel.from_pretrained(encoder_of(name), str(tmp_path / "ours")).eval()
     inner = theirs.base_model.model
-    assert torch.equal(values_of(inner), values_of(ours))
+    assert relative(values_of(inner), values_of(ours)) <= 1e-6
     own = {k: v for k, v in ours.state_dict().items() if "lora_" in k}
     other = {k: v for k, v in inner.state_dict().items() if "lora_" in k}
     assert own.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in own.items())

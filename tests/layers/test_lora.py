@@ -175,3 +175,55 @@ def test_layers_of_a_model_are_wrapped_in_place_and_come_back() -> None:
     assert list(lora_layers(model)) == ["1.0"]
     unwrap(model)
     assert model[1][0] is second and not lora_layers(model)
+
+
+@pytest.mark.parametrize("wants_input", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_adapter_on_a_frozen_layer_is_summed_inside_the_product(
+    bias: bool, wants_input: bool
+) -> None:
+    """The same numbers as the operations one by one, forward and backward (fp64, 1e-12)."""
+    found = []
+    for frozen in (True, False):
+        torch.manual_seed(0)
+        layer = LoraLinear(nn.Linear(6, 5, bias=bias, dtype=torch.float64))
+        layer.add("default", LoraSettings(3, 5.0))
+        nn.init.normal_(layer.lora_B["default"].weight)  # type: ignore[arg-type]
+        layer.base_layer.requires_grad_(not frozen)
+        x = torch.randn(4, 7, 6, dtype=torch.float64).requires_grad_(wants_input)
+        out = layer(x)
+        assert ("_Adapted" in type(out.grad_fn).__name__) == frozen
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        grads = [layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
+        found.append([out, *grads, *([x.grad] if wants_input else [])])
+        assert (layer.base_layer.weight.grad is None) == frozen
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def test_dropout_and_autocast_take_the_operations_one_by_one() -> None:
+    layer, x = layer_of(dropout=0.5), torch.randn(9, 6)
+    layer.base_layer.requires_grad_(False)
+    layer.eval()
+    assert "_Adapted" in type(layer(x).grad_fn).__name__
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    # Only the dropout of a frozen encoder's adapters follows train().
+    layer.lora_dropout.train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_the_summed_form_recomputes_and_rounds_as_the_other() -> None:
+    layer, x = layer_of(), torch.randn(64, 6)
+    layer.base_layer.requires_grad_(False)
+    layer(x).square().sum().backward()
+    expected = [w.grad.clone() for w in layer.parameters() if w.grad is not None]
+    layer.zero_grad()
+    checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+    again = [w.grad.clone() for w in layer.parameters() if w.grad is not None]
+    assert len(again) == 2 and all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    layer.zero_grad()
+    layer.bfloat16()(x.bfloat16()).square().sum().backward()
+    rounded = [w.grad for w in layer.parameters() if w.grad is not None]
+    for a, b in zip(rounded, expected, strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
