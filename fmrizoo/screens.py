@@ -74,9 +74,9 @@ def _of(part: float, whole: float) -> str:
 def heads(title: str, rows: Sequence[HeadRow]) -> Group:
     """What each head trains of one encoder, and what its optimizer holds."""
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("head")
-    table.add_column("settings")
-    for name in ("of the encoder", "", "added", "frozen", "optimizer fp32", "bf16"):
+    for name in ("head", "trains"):
+        table.add_column(name)
+    for name in ("of the encoder", "adds", "frozen", "optimizer", "in bf16"):
         table.add_column(name, justify="right")
     refused: list[RenderableType] = []
     for row in rows:
@@ -84,11 +84,11 @@ def heads(title: str, rows: Sequence[HeadRow]) -> Group:
             refused.append(Text(f"{row.head}: {row.refused}", style="dim"))
             continue
         found = row.fp32
+        share = f"{count(found.encoder_trained)} = {found.encoder_share:.1f} %"
         table.add_row(
             row.head,
-            row.settings,
-            count(found.encoder_trained) if found.encoder_trained else "–",
-            f"{found.encoder_share:.1f} %",
+            row.trains,
+            share if found.encoder_trained else "–",
             count(found.added_trained),
             count(found.frozen),
             megabytes(found.optimizer_bytes),
@@ -96,9 +96,8 @@ def heads(title: str, rows: Sequence[HeadRow]) -> Group:
         )
     size = next((row.fp32.encoder for row in rows if row.fp32), 0)
     said = (
-        f"{title}: {count(size)} parameters. Each head for one target with two classes, default "
-        "settings. Optimizer: AdamW's moments, in bf16 with fp32 master weights; shared between "
-        "ranks from ZeRO stage 1 on."
+        f"{title}: {count(size)} parameters. Each head with its default settings, for one target "
+        "with two classes. Optimizer: AdamW's moments, and in bf16 fp32 weights; ranks share it."
     )
     return Group(Text(said, style="dim"), table, *refused)
 
@@ -115,7 +114,7 @@ def results(found: Sequence[Result]) -> Table:
     for name in ["", *["target"] * several, *["metric"] * (len(metrics) > 1)]:
         table.add_column(name)
     value = "mean ± s.d." if len(metrics) > 1 else f"{min(metrics)} ± s.d."
-    for name in (value, "seeds × folds", "units", "chance"):
+    for name in (value, "seeds×folds", "units", "chance"):
         table.add_column(name, justify="right")
     for row in shown:
         cells = [row.name, *[row.task.target] * several]

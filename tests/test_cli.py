@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
@@ -19,6 +21,7 @@ from typer.testing import CliRunner, Result
 import fmrizoo
 from fmrizoo.cli import app, main
 from fmrizoo.data.store import Store
+from fmrizoo.errors import FmrizooError
 
 Run = Callable[..., Result]
 
@@ -88,9 +91,29 @@ def test_the_whole_job_as_typed(
     assert f"report: {tmp_path / 'page/report.html'}" in shown
     assert len(shown.splitlines()) == 4
     assert "A [b] title" in Path("page/report.html").read_text()
+    said = cli("embed", "runs/pre", "--out", "e.npz", "--pool", "brain", "--level", "run").stdout
+    assert "e.npz: 9 runs × 16 features, means over " in said
+    with np.load("e.npz") as arrays:
+        assert arrays["values"].shape == (9, 16) and len(set(arrays["run"].tolist())) == 9
+    said = cli("embed", "runs/fine", "--out", "f.npz", "--part", "test", "--pool", "frame").stdout
+    assert "clips × 8 × 16 features" in said
     for what, kind in (("runs/pre", "pretraining run"), ("runs/fine/split.json", "split")):
         assert kind in cli("inspect", what).stdout
         assert json.loads(cli("inspect", what, "--json").stdout)["kind"] == kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("embed", "gone", "--out", "e.npz"), "gone holds no exported model"),
+        (("embed", "gone", "--out", "e.csv"), "name it .npz, not e.csv"),
+        (("list", "recipes", "--backbone", "swin4d"), "--backbone goes with `list heads`"),
+        (("list", "heads", "--backbone", "swan"), "'swan' is neither a backbone nor a recipe"),
+    ],
+)
+def test_commands_that_make_no_sense(cli: Run, arguments: tuple[str, ...], said: str) -> None:
+    with pytest.raises(FmrizooError, match=re.escape(said)):
+        cli(*arguments)
 
 
 def test_folds_and_seeds_make_a_tree_and_one_row(
