@@ -72,3 +72,20 @@ def test_head_on_the_sample(
     torch.manual_seed(9)
     assert pipeline.evaluate(tmp_path / "run").metrics == result.metrics
     assert read_predictions(tmp_path / "run/predictions.tsv") == before
+
+
+@pytest.mark.parametrize(("number", "variant"), list(enumerate(VARIANTS)), ids=str)
+def test_head_in_bf16_with_recomputation(
+    number: int, variant: tuple[str, dict[str, Any]], sample_store: Path, tmp_path: Path
+) -> None:
+    """Through the trainer, each head on another backbone; losses near those of plain fp32."""
+    name = BACKBONES.list()[number % len(BACKBONES.list())]
+    losses = []
+    for precision, mode in (("fp32", "none"), ("bf16", "window-chunk")):
+        given = overrides(name, *variant, sample_store)
+        given += [f"train.precision={precision}", f"train.checkpointing={mode}", "train.steps=3"]
+        recipe = load_recipe(f"pretrain/haxby_{name}_simmim", given)
+        assert pipeline.finetune(recipe, tmp_path / precision) is not None
+        lines = (tmp_path / precision / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)

@@ -191,6 +191,16 @@ def test_frames_are_means_over_the_valid_places_of_each_slot() -> None:
     assert torch.equal(found.pooled("frame"), found.by_frame().flatten(1))
 
 
+def test_frames_of_thousands_of_tokens_keep_their_mean_in_bf16() -> None:
+    grid = Grid(32, 32, 4, 2)
+    index = torch.cartesian_prod(*(torch.arange(s) for s in grid)).unsqueeze(0)
+    torch.manual_seed(0)
+    values = (torch.randn(1, grid.size, 3) + 2).bfloat16()
+    found = Features(values, index, torch.ones(1, grid.size).bool(), grid, torch.ones(1, grid.size))
+    expected = values.float().view(1, -1, 2, 3).mean(1)
+    torch.testing.assert_close(found.by_frame().float(), expected, atol=8e-3, rtol=4e-3)
+
+
 def test_equal_contracts_have_no_differences_whatever_wrote_them() -> None:
     assert CONTRACT.differences(replace(CONTRACT, code_version="9")) == []
     assert CONTRACT.differences(replace(CONTRACT, tr=2.5004)) == []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -126,10 +127,13 @@ def batch_target(clips: Sequence[ClipFacts], device: torch.device | str = "cpu")
     return torch.tensor(values, dtype=torch.int64 if whole else torch.float32, device=device)
 
 
-class CompactBatch:
-    """Samples of one micro-batch."""
+Known = TypeVar("Known", bound=ClipFacts)
 
-    def __init__(self, samples: Sequence[CompactSample]) -> None:
+
+class Clips(Generic[Known]):
+    """Clips of one micro-batch, and what is known of them."""
+
+    def __init__(self, samples: Sequence[Known]) -> None:
         self.samples = tuple(samples)
 
     def __len__(self) -> int:
@@ -154,6 +158,10 @@ class CompactBatch:
     def labels(self) -> list[Labels]:
         """Class names, levels and values of each clip as in the table."""
         return [s.labels for s in self.samples]
+
+
+class CompactBatch(Clips[CompactSample]):
+    """Samples of one micro-batch."""
 
     def to_batch(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

@@ -25,7 +25,7 @@ from torch import nn
 
 from fmrizoo import __version__
 from fmrizoo.config import Recipe, to_dict
-from fmrizoo.data.batch import ClipFacts, batch_target
+from fmrizoo.data.batch import ClipFacts, Clips, batch_target
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.loader import Loader
 from fmrizoo.errors import RecipeError, TrainingError
@@ -42,30 +42,12 @@ from fmrizoo.types import ReadBatch, TaskSpec
 log = logging.getLogger(__name__)
 
 
-class CachedBatch:
+class CachedBatch(Clips[ClipFacts]):
     """Clips of one micro-batch whose features are known: a stand-in for ``CompactBatch``."""
 
     def __init__(self, clips: Sequence[int], samples: Sequence[ClipFacts], rows: _Rows) -> None:
+        super().__init__(samples)
         self._clips, self._rows = clips, rows
-        self.samples = tuple(samples)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def subject(self) -> list[str]:
-        """Subject labels."""
-        return [s.subject for s in self.samples]
-
-    @property
-    def run(self) -> list[str]:
-        """Run names."""
-        return [s.run for s in self.samples]
-
-    @property
-    def units(self) -> list[str]:
-        """What each prediction counts for: event, run or subject."""
-        return [s.unit for s in self.samples]
 
     def to_batch(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32

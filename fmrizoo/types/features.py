@@ -93,10 +93,12 @@ class Features:
         """``(b, t, d)``: mean over the valid tokens of each time slot (0 where there is none)."""
         b, n, d = self.values.shape
         slot = self.index[..., 3].expand(b, -1)
-        weight = self.valid.to(self.values.dtype)
+        # At least fp32: thousands of summands one by one would be lost in bf16.
+        values = self.values.to(torch.promote_types(self.values.dtype, torch.float32))
+        weight = self.valid.to(values.dtype)
         count = weight.new_zeros(b, self.grid.t).scatter_add(1, slot, weight)
         weight = weight / count.clamp(min=1).gather(1, slot)
-        out = self.values.new_zeros(b, self.grid.t, d)
-        return out.scatter_add(
-            1, slot.unsqueeze(-1).expand(b, n, d), self.values * weight.unsqueeze(-1)
+        summed = values.new_zeros(b, self.grid.t, d).scatter_add(
+            1, slot.unsqueeze(-1).expand(b, n, d), values * weight.unsqueeze(-1)
         )
+        return summed.to(self.values.dtype)
