@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fmrizoo.analysis.heads import HeadRow
     from fmrizoo.analysis.memory import MemoryRow
     from fmrizoo.evaluate.results import Result
+    from fmrizoo.evaluate.summary import Row
 
 
 def backbones(rows: Sequence[dict[str, Any]]) -> Group:
@@ -102,29 +103,33 @@ def heads(title: str, rows: Sequence[HeadRow]) -> Group:
     return Group(Text(said, style="dim"), table, *refused)
 
 
-def results(found: Sequence[Result]) -> Table:
-    """One line per row name and target, averaged over folds and seeds, the best first."""
-    from fmrizoo.evaluate.metrics import PRIMARY
+def results(found: Sequence[Result]) -> Group:
+    """A table for each target: one line a row name, over folds and seeds, the best first."""
+    from itertools import groupby
+
     from fmrizoo.evaluate.summary import rows
 
-    shown = rows(found)
-    several = len({row.task.target for row in shown}) > 1
-    metrics = {PRIMARY[row.task.kind] for row in shown}
+    tables: list[RenderableType] = []
+    for task, own in groupby(rows(found), key=lambda row: row.task):
+        tables.append(_scores(task.target, list(own)))
+    return Group(*tables)
+
+
+def _scores(target: str, rows: Sequence[Row]) -> Table:
+    from fmrizoo.evaluate.metrics import PRIMARY
+
+    metric = PRIMARY[rows[0].task.kind].replace("_", " ")
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    for name in ["", *["target"] * several, *["metric"] * (len(metrics) > 1)]:
-        table.add_column(name)
-    value = "mean ± s.d." if len(metrics) > 1 else f"{min(metrics)} ± s.d."
-    for name in (value, "seeds×folds", "units", "chance"):
+    table.add_column(target)
+    for name in (f"{metric} ± s.d.", "seeds×folds", "units", "chance"):
         table.add_column(name, justify="right")
-    for row in shown:
-        cells = [row.name, *[row.task.target] * several]
-        cells += [PRIMARY[row.task.kind]] * (len(metrics) > 1)
+    for row in rows:
         if row.primary is None:
-            table.add_row(*cells, "not applicable")
+            table.add_row(row.name, "not applicable")
             continue
         deviation = "" if row.primary.std is None else f" ± {row.primary.std:.3f}"
         table.add_row(
-            *cells,
+            row.name,
             f"{row.primary.mean:.3f}{deviation}",
             f"{row.n_seeds} × {row.n_folds}",
             str(row.n_units),

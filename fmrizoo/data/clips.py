@@ -6,6 +6,8 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -144,7 +146,7 @@ class ClipTable:
         """
         runs, columns = _chosen(runs), columns_of(task)
         rows = list(
-            _event_clips(runs, columns, config, task)
+            _event_clips(store, runs, columns, config, task)
             if task.source == "events"
             else _subject_clips(store, runs, columns, config, task)
         )
@@ -152,7 +154,7 @@ class ClipTable:
             raise DataError(
                 f"no clip has a label {_either(columns)} from {task.source} in {len(runs)} runs"
             )
-        _say_partial(rows, columns)
+        _say_partial(store, rows, columns)
         return cls(
             store,
             runs,
@@ -201,15 +203,25 @@ def _either(columns: Sequence[Column]) -> str:
     return " or ".join(repr(column.name) for column in columns)
 
 
-def _say_partial(rows: Sequence[_Row], columns: Sequence[Column]) -> None:
+@cache
+def _warn_once(store: Path, message: str) -> None:
+    """A job lists the clips of a part several times; once is enough to say what is missing."""
+    log.warning("%s: %s", store, message)
+
+
+def _say_partial(store: Store, rows: Sequence[_Row], columns: Sequence[Column]) -> None:
     """Of several targets, say how many labels are missing."""
     for k, column in enumerate(columns if len(columns) > 1 else ()):
         if missing := sum(row.labels[k] is None for row in rows):
-            log.warning("%d of %d clips have no %s", missing, len(rows), column.name)
+            _warn_once(store.path, f"{missing} of {len(rows)} clips have no {column.name}")
 
 
 def _event_clips(
-    runs: Sequence[RunInfo], columns: Sequence[Column], config: DataConfig, task: TaskConfig
+    store: Store,
+    runs: Sequence[RunInfo],
+    columns: Sequence[Column],
+    config: DataConfig,
+    task: TaskConfig,
 ) -> Iterator[_Row]:
     rows, early, late, unlabelled = [], [], [], 0
     _check_columns(runs, columns)
@@ -229,7 +241,8 @@ def _event_clips(
                 late.append(unit)
             rows.append(_Row(i, start, labels, unit))
     if unlabelled:
-        log.warning("%d events have no %s and are left out", unlabelled, _either(columns))
+        said = f"{unlabelled} events have no {_either(columns)} and are left out"
+        _warn_once(store.path, said)
     if early or late:
         raise DataError(_outside(early, late, len(rows), config, task))
     return iter(rows)
@@ -285,12 +298,8 @@ def _subject_clips(
     people = _participants(store, {run.subject for run in runs}, columns)
     empty = (None,) * len(columns)
     if without := sorted({r.subject for r in runs if people.get(r.subject, empty) == empty}):
-        log.warning(
-            "%d subjects have no %s in participants.tsv and are left out: %s",
-            len(without),
-            _either(columns),
-            ", ".join(without),
-        )
+        said = f"{len(without)} subjects have no {_either(columns)} in participants.tsv and are "
+        _warn_once(store.path, f"{said}left out: {', '.join(without)}")
     for i, run in enumerate(runs):
         if run.subject in without:
             continue
