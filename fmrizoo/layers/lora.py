@@ -202,9 +202,8 @@ class LoraLinear(nn.Module):
     def _plainly(self, x: Tensor) -> bool:
         """Whether the one active adapter can be summed inside the matrix product."""
         base = self.base_layer
-        frozen = not base.weight.requires_grad and (
-            base.bias is None or not base.bias.requires_grad
-        )
+        parts = [base.weight] if base.bias is None else [base.weight, base.bias]
+        frozen = not torch.is_grad_enabled() or not any(part.requires_grad for part in parts)
         dropout = cast(nn.Dropout, self.lora_dropout[self.active[0]])
         drops = dropout.training and dropout.p > 0  # a frozen encoder's own modules are in eval()
         # Autocast chooses dtypes operation by operation.
