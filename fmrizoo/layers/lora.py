@@ -50,34 +50,33 @@ class LoraSettings:
 class _Adapted(torch.autograd.Function):
     """``x Wᵀ + b + s · x Aᵀ Bᵀ`` with W and b frozen: nothing as large as x or y is formed twice.
 
-    Kept for the backward pass: x and ``x Aᵀ``, as the composed operations do.
+    ``x (rows, in)`` → ``(rows, out)``, no view of anything: what follows may overwrite it (rotary
+    positions do). Kept for the backward pass: x and ``x Aᵀ``, as the composed operations do.
     """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        low = rows @ a.t()
-        out = F.linear(rows, weight, bias)
+        low = x @ a.t()
+        out = F.linear(x, weight, bias)
         out.addmm_(low, b.t(), alpha=scale)
-        ctx.save_for_backward(rows, low, weight, a, b)
+        ctx.save_for_backward(x, low, weight, a, b)
         ctx.scale = scale
-        return out.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        rows, low, weight, a, b = ctx.saved_tensors
+    def backward(ctx, d: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        x, low, weight, a, b = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        d = grad.reshape(-1, grad.shape[-1])
         d_low = d @ b * ctx.scale if wanted[0] or wanted[3] else None
         d_x = d_a = d_b = None
         if wanted[0]:
-            d_x = (d @ weight).addmm_(d_low, a).view(*grad.shape[:-1], -1)
+            d_x = (d @ weight).addmm_(d_low, a)
         if wanted[3]:
             assert d_low is not None
-            d_a = d_low.t() @ rows
+            d_a = d_low.t() @ x
         if wanted[4]:
             d_b = (d.t() @ low) * ctx.scale
         return d_x, None, None, d_a, d_b, None
@@ -186,8 +185,9 @@ class LoraLinear(nn.Module):
             (name,) = self.active
             down, up = self.lora_A[name].weight, self.lora_B[name].weight
             weight, bias, scale = self.base_layer.weight, self.base_layer.bias, self._scale(name)
-            adapted: Tensor = _Adapted.apply(x, weight, bias, down, up, scale)
-            return adapted
+            rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+            adapted: Tensor = _Adapted.apply(rows, weight, bias, down, up, scale)
+            return adapted if x.ndim == 2 else adapted.view(*x.shape[:-1], -1)
         out: Tensor = self.base_layer(x)
         if self.merged:
             return out

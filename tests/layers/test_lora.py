@@ -192,13 +192,27 @@ def test_one_adapter_on_a_frozen_layer_is_summed_inside_the_product(
         layer.base_layer.requires_grad_(not frozen)
         x = torch.randn(4, 7, 6, dtype=torch.float64).requires_grad_(wants_input)
         out = layer(x)
-        assert ("_Adapted" in type(out.grad_fn).__name__) == frozen
+        by = [out.grad_fn, *(f for f, _ in out.grad_fn.next_functions if f is not None)]
+        assert any("_Adapted" in type(f).__name__ for f in by) == frozen
         (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
         grads = [layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
         found.append([out, *grads, *([x.grad] if wants_input else [])])
         assert (layer.base_layer.weight.grad is None) == frozen
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def test_what_follows_may_overwrite_the_output() -> None:
+    """Rotary positions turn queries and keys in place."""
+    layer, x = layer_of(), torch.randn(4, 6)
+    layer.base_layer.requires_grad_(False)
+    out = layer(x)
+    out.mul_(2)
+    out.sum().backward()
+    doubled = layer.lora_A["default"].weight.grad.clone()
+    layer.zero_grad()
+    layer(x).sum().backward()
+    torch.testing.assert_close(doubled, 2 * layer.lora_A["default"].weight.grad)
 
 
 def test_dropout_and_autocast_take_the_operations_one_by_one() -> None:
