@@ -8,6 +8,8 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A console keeps the width that it finds when it is made; test runners set one.
+os.environ.pop("COLUMNS", None)
 
 from pathlib import Path
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 import fmrizoo
 from fmrizoo.cli import app, main
+from fmrizoo.data.sample import sample_path
 from fmrizoo.data.store import Store
 from fmrizoo.errors import FmrizooError
 
@@ -143,9 +144,9 @@ def test_baselines_are_written_and_shown(cli: Run, sample_store: Path) -> None:
 
 
 def test_prepare_keeps_what_is_there_and_shows_what_it_skips(cli: Run, tmp_path: Path) -> None:
-    shutil.copytree(fmrizoo.data.sample.sample_path() / "sub-001", tmp_path / "bids/sub-001")
+    shutil.copytree(sample_path() / "sub-001", tmp_path / "bids/sub-001")
     masks = "derivatives/masks"
-    shutil.copytree(fmrizoo.data.sample.sample_path() / masks, tmp_path / "bids" / masks)
+    shutil.copytree(sample_path() / masks, tmp_path / "bids" / masks)
     for path in (tmp_path / "bids").rglob("*run-0[3-9]*"):
         path.unlink()
     (bad,) = (tmp_path / "bids").rglob("*acq-1slice_run-02_bold.nii.gz")
