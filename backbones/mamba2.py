@@ -134,10 +134,23 @@ class Mamba2(nn.Module):
         """mamba-ssm's start: steps log-uniform in [0.001, 0.1], decay rates uniform in [1, 16]."""
         if self.A_log.is_meta:  # random numbers of no value take seconds there
             return
+        self._start(torch.rand_like(self.dt_bias), torch.rand_like(self.A_log))
+
+    def init_stratified(self) -> None:
+        """The same distributions without chance: heads at even quantiles of both.
+
+        Those of the rates are the golden ratio's multiples (mod 1), which go with no order.
+        """
+        head = torch.arange(self.heads, dtype=torch.float64, device=self.A_log.device) + 0.5
+        self._start(head / self.heads, head * (math.sqrt(5) - 1) / 2 % 1)
+
+    @torch.no_grad()
+    def _start(self, steps: Tensor, rates: Tensor) -> None:
+        """Steps and decay rates at quantiles ``(heads,)`` in [0, 1)."""
         low, high = math.log(0.001), math.log(0.1)
-        steps = torch.exp(torch.rand_like(self.dt_bias) * (high - low) + low)
+        steps = torch.exp(steps * (high - low) + low)
         self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus(dt_bias) = steps
-        self.A_log.copy_(torch.log(torch.rand_like(self.A_log) * 15 + 1))
+        self.A_log.copy_(torch.log(rates * 15 + 1))
 
     @property
     def scan_backend(self) -> str:

@@ -32,6 +32,7 @@ from fmrizoo.layers.patches import background_value
 from fmrizoo.layers.pieces import wants_gradient
 from fmrizoo.layers.prompts import Frame, check_prompts, overwrite
 from fmrizoo.layers.ragged import Pack, give_back
+from fmrizoo.layers.readout import ScaledLinear
 from fmrizoo.registry import register_backbone, suggest
 from fmrizoo.types import (
     Backbone,
@@ -210,7 +211,7 @@ class NeuroMamba(Backbone):
         self.clip_grid = Grid(*config.img_size).padded(self.patch_size)
         self.grid = self.clip_grid.divided(self.patch_size)
         self.embed_dim = self.num_features = config.embed_dim
-        self.embed = nn.Linear(prod(self.patch_size), config.embed_dim)
+        self.embed = ScaledLinear(prod(self.patch_size), config.embed_dim)
         self.position = nn.Linear(FEATURES, config.embed_dim)
         self.blocks = nn.ModuleList(MambaBlock(config) for _ in range(config.depth))
         self.norm = nn.RMSNorm(config.embed_dim, eps=EPS)

@@ -251,6 +251,64 @@ class TrainConfig:
         )
 
 
+BASE_KEYS = ("embed_dim", "num_heads")
+
+
+@dataclass
+class ParametrizationConfig:
+    """How starts, learning rates and multipliers follow the width."""
+
+    name: str = "sp"  # sp (PyTorch's own) | mup (what is tuned at base width holds at every width)
+    base: dict[str, Any] = field(
+        default_factory=dict
+    )  # widths of the backbone at base size, {embed_dim: 36, num_heads: [3, 6, 12, 24]}
+    readout_zero_init: bool = True  # mup: output layers start with zero weights
+    ssm_init: str = "random"  # mup, Mamba's steps and decay rates: random | stratified (placed)
+    output_mult: float = 1.0  # mup: on the input of output layers, beside base width / width
+    input_mult: float = 1.0  # mup: on the voxels that are embedded
+    attn_mult: float = 1.0  # mup: on attention logits, beside head_dim ** -0.5
+    weight_decay: str = (
+        "independent"  # mup: lr × decay stays (independent) | × width^½ (sqrt) | coupled
+    )
+    depth: str = "none"  # transfer over depth: none
+
+    def __post_init__(self) -> None:
+        _one_of("parametrization.name", self.name, ("sp", "mup"))
+        _one_of("parametrization.ssm_init", self.ssm_init, ("random", "stratified"))
+        _one_of(
+            "parametrization.weight_decay", self.weight_decay, ("independent", "sqrt", "coupled")
+        )
+        _one_of("parametrization.depth", self.depth, ("none",))
+        for key in ("output_mult", "input_mult", "attn_mult"):
+            value = getattr(self, key)
+            _require(
+                0 < value < math.inf, f"parametrization.{key} must be a number > 0, got {value}"
+            )
+            _require(
+                value == 1 or self.name == "mup",
+                f"parametrization.{key}={value} needs parametrization.name=mup",
+            )
+        for key, value in self.base.items():
+            _require(
+                key in BASE_KEYS,
+                f"parametrization.base.{key}: base and model may differ in widths only "
+                f"({', '.join(BASE_KEYS)})",
+            )
+            numbers = value if key == "num_heads" and isinstance(value, list) else [value]
+            _require(
+                (key == "embed_dim" or isinstance(value, list))
+                and all(type(n) is int and n >= 1 for n in numbers),
+                f"parametrization.base.{key} needs "
+                f"{'whole numbers, one a stage' if key == 'num_heads' else 'a whole number'} ≥ 1, "
+                f"got {value!r}",
+            )
+        _require(
+            self.name == "sp" or "embed_dim" in self.base,
+            "parametrization.name=mup needs the width to scale from: set "
+            "parametrization.base={embed_dim: …}",
+        )
+
+
 @dataclass
 class Recipe:
     """Everything one run needs. A pretraining recipe has an objective, a fine-tuning one a head."""
@@ -263,6 +321,7 @@ class Recipe:
     task: TaskConfig = field(default_factory=TaskConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parametrization: ParametrizationConfig = field(default_factory=ParametrizationConfig)
     init_from: str | None = (
         None  # model folder whose encoder weights start the run; {fold} is filled in
     )

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from fmrizoo.errors import RecipeError
+from fmrizoo.mup import Parametrization
 from fmrizoo.types import Backbone, Batch, Features, Head, Objective, ReadBatch, Reconstruction
 
 
 class PretrainingModel(nn.Module):
     """``loss, logs = model(batch)`` for a backbone and an objective."""
+
+    parametrization: Parametrization | None = None  # None: PyTorch's own
 
     def __init__(self, backbone: Backbone, objective: Objective) -> None:
         super().__init__()
@@ -33,6 +36,8 @@ class PretrainingModel(nn.Module):
 
 class DownstreamModel(nn.Module):
     """``loss, logs = model(batch)`` for a backbone and a head; ``predict`` for the outputs."""
+
+    parametrization: Parametrization | None = None  # None: PyTorch's own
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fmrizoo.config import Recipe, compose
 from fmrizoo.errors import CheckpointError, RecipeError
 from fmrizoo.model import DownstreamModel, PretrainingModel
+from fmrizoo.mup import check_base, install
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, suggest
 from fmrizoo.types import Backbone, Contract, TaskSpec
 
@@ -101,6 +103,7 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
         _check_pair(composed)
         _check_clip(composed)
         _check_head(composed)
+        check_base(composed)
     return composed
 
 
@@ -217,10 +220,13 @@ def build_model(
     """The model of a composed recipe (see :func:`build`)."""
     if recipe.backbone is None:
         raise RecipeError(f"the recipe names no backbone. Available: {', '.join(BACKBONES.list())}")
-    encoder: Backbone = BACKBONES.build(recipe.backbone)
     if recipe.objective is not None:
         _check_pair(recipe)
-        return PretrainingModel(encoder, OBJECTIVES.build(recipe.objective, backbone=encoder))
+        encoder: Backbone = BACKBONES.build(recipe.backbone)
+        model = PretrainingModel(encoder, OBJECTIVES.build(recipe.objective, backbone=encoder))
+        install(recipe, model)
+        return model
+    encoder = build_encoder(recipe)
     if recipe.head is not None:
         if not task:
             raise RecipeError(
@@ -231,15 +237,28 @@ def build_model(
     return encoder
 
 
+def build_encoder(recipe: Recipe) -> Backbone:
+    """The recipe's backbone alone, fresh; with muP its start is scaled already."""
+    encoder: Backbone = BACKBONES.build(recipe.backbone)
+    install(replace(recipe, objective=None, head=None), encoder)
+    return encoder
+
+
 def build_downstream(
     encoder: Backbone, recipe: Recipe, task: TaskSpec | Sequence[TaskSpec]
 ) -> DownstreamModel:
-    """The recipe's head on ``encoder``, which it makes its own (freezes, wraps)."""
+    """The recipe's head on ``encoder``, which it makes its own (freezes, wraps).
+
+    ``encoder``: from :func:`build_encoder`, or trained: with muP only the head, and what it puts
+    into the encoder, is scaled.
+    """
     tasks = (task,) if isinstance(task, TaskSpec) else tuple(task)
     _check_needs(recipe)
     for one in tasks:
         _check_kind(recipe.head.name, one.kind, one.name)
-    return DownstreamModel(encoder, HEADS.build(recipe.head, backbone=encoder, tasks=tasks))
+    model = DownstreamModel(encoder, HEADS.build(recipe.head, backbone=encoder, tasks=tasks))
+    install(recipe, model, fresh=("head.",))
+    return model
 
 
 def model_folder(path: str | Path) -> Path:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fmrizoo.layers.readout import Readout
 from fmrizoo.types import Grid
 
 DECODERS = ("mlp", "linear")
@@ -23,7 +24,7 @@ class LinearDecoder(nn.Module):
 
     def __init__(self, width: int, reduction: Reduction) -> None:
         super().__init__()
-        self.project = nn.Linear(width, prod(reduction))
+        self.project = Readout(width, prod(reduction))
 
     def forward(self, features: Tensor) -> Tensor:
         """``(…, w)`` → ``(…, P)`` ordered rx, ry, rz, rt."""
@@ -50,7 +51,7 @@ class MLPDecoder(nn.Module):
         self.frame_embed = nn.Parameter(torch.zeros(rt, width))
         self.space_embed = nn.Linear(width, width)
         self.space_norm = nn.LayerNorm(width)
-        self.space_project = nn.Linear(width, rx * ry * rz)
+        self.space_project = Readout(width, rx * ry * rz)
         nn.init.trunc_normal_(self.frame_embed, std=0.02)
 
     def forward(self, features: Tensor) -> Tensor:

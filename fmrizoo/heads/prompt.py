@@ -49,8 +49,10 @@ class PromptHead(ReadoutHead):
     ) -> None:
         super().__init__(config, backbone=backbone, tasks=tasks)
         self.tokens = nn.ParameterList()
-        for width in backbone.prompt_widths():
-            bound = sqrt(6 / (prod(backbone.patch_size) + width))
+        self.bounds = [
+            sqrt(6 / (prod(backbone.patch_size) + width)) for width in backbone.prompt_widths()
+        ]
+        for width, bound in zip(backbone.prompt_widths(), self.bounds, strict=True):
             start = torch.empty(config.count, width).uniform_(-bound, bound)
             self.tokens.append(nn.Parameter(start))
 
@@ -62,6 +64,10 @@ class PromptHead(ReadoutHead):
     def encoder_trains(self) -> bool:
         """True: gradients pass through the encoder."""
         return True
+
+    def start_scales(self) -> dict[str, float]:
+        """Bounds of the prompts, which depend on the width (:mod:`fmrizoo.mup.dims` asks)."""
+        return {f"tokens.{layer}": bound for layer, bound in enumerate(self.bounds)}
 
     def prompts(self) -> Sequence[Tensor]:
         """``(count, width)`` for every layer."""

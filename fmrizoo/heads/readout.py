@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log, prod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fmrizoo.errors import DataError
 from fmrizoo.heads.base import TaskHead, check_choice, check_share
+from fmrizoo.layers.readout import scaled
 from fmrizoo.types import POOLING, Backbone, Features, TaskSpec
 
 NORMS = ("none", "layer", "batch")
@@ -50,7 +52,13 @@ class TaskLinear(nn.Module):
     Args:
         width: Of the input.
         tasks: What is put out.
+
+    Attributes:
+        multiplies, multiplier: On the input, see :class:`fmrizoo.layers.readout.ScaledLinear`.
     """
+
+    multiplies: ClassVar[str] = "output"
+    multiplier: float = 1.0
 
     def __init__(self, width: int, tasks: Sequence[TaskSpec]) -> None:
         super().__init__()
@@ -65,6 +73,7 @@ class TaskLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(b, width)`` → ``(b, o)``."""
+        x = scaled(x, self.multiplier)
         if all(task.kind != "ordinal" for task in self.tasks):
             return F.linear(x, self.weight, self.bias)
         parts = torch.split(F.linear(x, self.weight), self.rows, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fmrizoo.errors import DataError
+from fmrizoo.layers.readout import scaled
 from fmrizoo.types import Grid
 
 
@@ -192,7 +194,14 @@ def _from_patches(values: Tensor, like: Tensor, patch: Patch) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of 4-D patches; parameters as in SwiFT (``fc``, channels fastest)."""
+    """Linear embedding of 4-D patches; parameters as in SwiFT (``fc``, channels fastest).
+
+    Attributes:
+        multiplies, multiplier: On the voxels, see :class:`fmrizoo.layers.readout.ScaledLinear`.
+    """
+
+    multiplies: ClassVar[str] = "input"
+    multiplier: float = 1.0
 
     def __init__(self, patch: Sequence[int], in_chans: int, embed_dim: int, norm: bool) -> None:
         super().__init__()
@@ -208,7 +217,7 @@ class PatchEmbed(nn.Module):
         """
         if bold.device.type == "cpu":
             projected = _SlabProjection.apply(bold, self.fc.weight, self.patch, brain)
-            out = projected + self.fc.bias
+            out = scaled(projected, self.multiplier) + self.fc.bias
         else:
             out = self._convolve(bold if brain is None else brain.fill(bold))
         normed: Tensor = self.norm(out)
@@ -217,6 +226,7 @@ class PatchEmbed(nn.Module):
     def _convolve(self, bold: Tensor) -> Tensor:
         """The same as one strided convolution, without copying the patches out."""
         px, py, pz, pt = self.patch
+        bold = scaled(bold, self.multiplier)
         frames = rearrange(bold, "b c x y z (t pt) -> (b t) (pt c) x y z", pt=pt)
         kernel = rearrange(self.fc.weight, "e (px py pz k) -> e k px py pz", px=px, py=py, pz=pz)
         out = F.conv3d(frames, kernel, self.fc.bias, stride=(px, py, pz))

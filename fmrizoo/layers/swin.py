@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import repeat
 from math import ceil
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,14 @@ def path_rates(config: SwinConfig) -> list[list[float]]:
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside windows, on tokens in window order."""
+    """Multi-head self-attention inside windows, on tokens in window order.
+
+    Attributes:
+        multiplies, multiplier: On the logits, see :class:`fmrizoo.layers.readout.ScaledLinear`.
+    """
+
+    multiplies: ClassVar[str] = "attention"
+    multiplier: float = 1.0
 
     def __init__(self, width: int, heads: int, config: SwinConfig) -> None:
         super().__init__()
@@ -144,7 +151,8 @@ class WindowAttention(nn.Module):
         if windows.rotation is not None:
             qkv = rotate_queries_and_keys(qkv, windows.rotation, self.heads)
         dropout = self.attn_drop if self.training else 0.0
-        mixed = attend_windows(qkv, windows, self.heads, self.scale, dropout, causal, seen)
+        scale = self.scale * self.multiplier
+        mixed = attend_windows(qkv, windows, self.heads, scale, dropout, causal, seen)
         projected: Tensor = self.drop(self.proj(mixed))
         return projected
 

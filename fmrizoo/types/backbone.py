@@ -7,7 +7,7 @@ tokens, ``d`` features of a token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,6 +16,9 @@ from fmrizoo.errors import RecipeError
 from fmrizoo.types.batch import Batch
 from fmrizoo.types.features import Features, Tokens
 from fmrizoo.types.grid import Grid
+
+if TYPE_CHECKING:
+    from fmrizoo.mup import Parametrization
 
 
 class Backbone(nn.Module):
@@ -32,6 +35,8 @@ class Backbone(nn.Module):
             of up to ``clip_grid.t``.
         causal_unit: What ``encode(causal=True)`` keeps from looking ahead: ``time`` (no feature
             depends on a later time slot) or ``token`` (nor on a later token of the sequence).
+        parametrization: Of a backbone built alone; None: PyTorch's own. (A model with an objective
+            or a head has one for itself and its backbone together.)
     """
 
     embed_dim: int
@@ -42,6 +47,7 @@ class Backbone(nn.Module):
     clip_grid: Grid
     any_length: ClassVar[bool] = False
     causal_unit: ClassVar[str] = "time"
+    parametrization: Parametrization | None = None
 
     @classmethod
     def supports(cls, config: Any) -> frozenset[str]:
