@@ -14,6 +14,7 @@ from fmrizoo.config import Recipe, compose
 from fmrizoo.errors import CheckpointError, RecipeError
 from fmrizoo.model import DownstreamModel, PretrainingModel
 from fmrizoo.mup import check_base, install
+from fmrizoo.mup.stored import check_encoder, check_parametrization
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, suggest
 from fmrizoo.types import Backbone, Contract, TaskSpec
 
@@ -288,6 +289,7 @@ def load(path: str | Path) -> nn.Module:
     folder = model_folder(path)
     weights, info = read_model(folder)
     model: nn.Module = build_model(load_recipe(info.recipe), info.tasks)
+    check_parametrization(folder, model)
     load_strictly(model, weights, str(folder))
     return model.eval()
 
@@ -324,7 +326,7 @@ def load_encoder(backbone: Backbone, path: str | Path) -> tuple[Contract | None,
         The preprocessing contract the weights expect, and the names of all runs they have seen.
 
     Raises:
-        CheckpointError: no model there, or an encoder of another architecture.
+        CheckpointError: no model there, or an encoder of another architecture or parametrization.
     """
     from fmrizoo.trainer.export import read_model
 
@@ -341,5 +343,6 @@ def load_encoder(backbone: Backbone, path: str | Path) -> tuple[Contract | None,
         encoder = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not encoder:
         raise CheckpointError(f"{folder} holds no encoder (no weight is named backbone.*)")
+    check_encoder(folder, backbone)
     load_strictly(backbone, encoder, str(folder))
     return info.contract, info.seen_runs

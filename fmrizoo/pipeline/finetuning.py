@@ -29,10 +29,10 @@ from fmrizoo.pipeline.inputs import (
     save_split,
     start_encoder,
     whole,
+    with_parametrization,
 )
-from fmrizoo.registry import BACKBONES
-from fmrizoo.types import Backbone, TaskSpec
-from fmrizoo.zoo import build_downstream, load
+from fmrizoo.types import TaskSpec
+from fmrizoo.zoo import build_downstream, build_encoder, load
 
 if TYPE_CHECKING:
     from fmrizoo.evaluate.results import Result
@@ -74,11 +74,12 @@ def finetune(
 
     if recipe.head is None:
         raise RecipeError("a fine-tuning recipe needs a head, such as head=linear")
+    recipe = with_parametrization(recipe)
     data, world = open_data(recipe), discover()
     check_monitor(recipe, data)
     clips = _labelled(recipe, data)
     seed_everything(recipe.train.seed)
-    backbone = cast(Backbone, BACKBONES.build(recipe.backbone))
+    backbone = build_encoder(recipe)
     fit_grid(backbone, clips.train)
     seen = start_encoder(backbone, recipe, data, clips.train, ("validation", "test"))
     model = build_downstream(backbone, recipe, clips.tasks)

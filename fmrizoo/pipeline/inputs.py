@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmrizoo.config import Recipe
+from fmrizoo.config import ParametrizationConfig, Recipe
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.loader import Loader
 from fmrizoo.data.splits import Split, make_split, unit_of
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.types import Backbone, Grid, RunKey, TaskSpec
-from fmrizoo.zoo import load_encoder, model_folder
+from fmrizoo.zoo import load_encoder, load_recipe, model_folder
 
 if TYPE_CHECKING:
     from fmrizoo.trainer.device import World
@@ -143,6 +143,31 @@ def encoder_folder(recipe: Recipe) -> Path:
     for part in (f"seed-{recipe.train.seed}", f"fold-{recipe.split.fold}"):
         path = path / part if (path / part).is_dir() else path
     return model_folder(path)
+
+
+def with_parametrization(recipe: Recipe) -> Recipe:
+    """The recipe with the parametrization of the encoder that it starts from.
+
+    Raises:
+        RecipeError: it asks for another one itself.
+        CheckpointError: ``init_from`` is no model.
+    """
+    from fmrizoo.trainer.export import read_info
+
+    if not recipe.init_from:
+        return recipe
+    source = encoder_folder(recipe)
+    stored = load_recipe(read_info(source).recipe).parametrization
+    if stored == recipe.parametrization:
+        return recipe
+    if recipe.parametrization != ParametrizationConfig():
+        raise RecipeError(
+            f"the encoder in {source} was trained with parametrization.name={stored.name} "
+            f"(base {stored.base}), the recipe has {recipe.parametrization.name} (base "
+            f"{recipe.parametrization.base}): leave the section out, it is taken from the encoder"
+        )
+    log.info("parametrization.name=%s, base %s: as the encoder's", stored.name, stored.base)
+    return replace(recipe, parametrization=stored)
 
 
 def start_encoder(

@@ -26,6 +26,7 @@ from fmrizoo.pipeline.inputs import (
     save_split,
     start_encoder,
     whole,
+    with_parametrization,
 )
 from fmrizoo.zoo import build_model, load
 
@@ -53,6 +54,7 @@ def pretrain(recipe: Recipe, out: Path, *, on_step: OnStep | None = None) -> Tra
         raise RecipeError("a pretraining recipe needs an objective, such as objective=simmim")
     if recipe.train.cache_features:
         raise RecipeError("train.cache_features=true is for frozen encoders: pretraining has none")
+    recipe = with_parametrization(recipe)
     data, world = open_data(recipe), discover()
     check_monitor(recipe, data)
     table = ClipTable.windows(data.store, data.part("train"), recipe.data)

@@ -17,7 +17,7 @@ What is decided here because DeepSpeed's own defaults would change the result si
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -69,24 +69,47 @@ def param_groups(model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
     that mamba-ssm uses), do not. The rate is ``train.lr`` × the factor that ``model.lr_scales()``
     gives by parameter name (1 where it names none, or the model has no such method). Groups come
     in the order of their first parameter. Frozen parameters are in none, so that the optimizer
-    holds nothing for them.
+    holds nothing for them. A model with a muP table (``model.parametrization``) has that table's
+    factors on rate, decay and Adam's ε beside them.
 
     Raises:
         RecipeError: nothing is left to train, or factors that no parameter can have.
     """
     scales = lr_scales(model)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    parametrization = getattr(model, "parametrization", None)
+    rules = None if parametrization is None else parametrization.groups(model)
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            marked = getattr(parameter, "_no_weight_decay", False)
-            decays = parameter.ndim >= 2 and not marked
-            groups.setdefault((scales.get(name, 1.0), decays), []).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        rate, decay, eps = scales.get(name, 1.0), 1.0, 1.0
+        decays = parameter.ndim >= 2 and not getattr(parameter, "_no_weight_decay", False)
+        if rules is not None:
+            rule = rules[name]
+            rate, decay, eps = rate * rule.lr_scale, rule.wd_scale, rule.eps_scale
+            decays = rule.decays
+        groups.setdefault((rate, decay if decays else 0.0, eps), []).append(parameter)
     if not groups:
         raise RecipeError("every parameter of the model is frozen: there is nothing to train")
     return [
-        {"params": some, "lr": train.lr * s, "weight_decay": train.weight_decay if decays else 0.0}
-        for (s, decays), some in groups.items()
+        {
+            "params": some,
+            "lr": train.lr * rate,
+            "weight_decay": train.weight_decay * decay,
+            "eps": train.eps * eps,
+        }
+        for (rate, decay, eps), some in groups.items()
     ]
+
+
+def groups_sentence(groups: Sequence[dict[str, Any]], train: TrainConfig) -> str:
+    """What the optimizer's groups are, for the log."""
+    parts = []
+    for group in groups:
+        size = sum(p.numel() for p in group["params"])
+        decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
+        parts.append(f"{size} at rate × {group['lr'] / train.lr:g}, {decay}")
+    return f"{len(groups)} groups of parameters: {'; '.join(parts)}"
 
 
 def lr_scales(model: nn.Module) -> dict[str, float]:
@@ -177,6 +200,7 @@ class Engine:
         dtype: Of the weights while training, and so of the clips.
         stage: ZeRO stage in effect.
         parameters: Number of parameters, frozen ones included.
+        groups: What the optimizer's groups are, in one sentence.
         lr: Base rate (factor 1 of :func:`param_groups`) of the last step; 0 before the first.
     """
 
@@ -194,6 +218,7 @@ class Engine:
         self.parameters = sum(p.numel() for p in model.parameters())
         groups = param_groups(model, train)
         self._base, self._rates = train.lr, [float(g["lr"]) for g in groups]
+        self.groups = groups_sentence(groups, train)
         self.lr = 0.0
         total = sum(p.numel() for p in model.parameters() if p.requires_grad)
         first, second = train.betas

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fmrizoo import __version__
 from fmrizoo.errors import CheckpointError, FmrizooError
 from fmrizoo.files import publish, sha256_of, write_json
+from fmrizoo.mup.stored import write_parametrization
 from fmrizoo.trainer.files import writing
 from fmrizoo.types import Contract, TaskSpec
 
@@ -118,6 +119,8 @@ def save_model(folder: Path, model: nn.Module | Mapping[str, Tensor], info: Mode
     temporary = folder / f".{WEIGHTS}.tmp"
     with writing("the model", folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(model, nn.Module):
+            write_parametrization(folder, model)
         save_file(tensors, temporary, metadata={"format": "pt"})
         done = replace(info, parameters=count, sha256=sha256_of(temporary))
         publish(temporary, folder / WEIGHTS)

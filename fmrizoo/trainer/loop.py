@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fmrizoo.config import to_dict
 from fmrizoo.errors import CheckpointError, RecipeError, TrainingError
+from fmrizoo.mup.stored import check_parametrization, write_parametrization
 from fmrizoo.trainer import checkpoint
 from fmrizoo.trainer.accounting import Accounting, account
 from fmrizoo.trainer.checkpoint import RunState
@@ -35,6 +36,7 @@ from fmrizoo.trainer.engine import (
     set_checkpointing,
 )
 from fmrizoo.trainer.export import ModelInfo, read_info, save_model
+from fmrizoo.trainer.files import writing
 from fmrizoo.trainer.folder import MetricsFile, RunFolder, describe, read_metrics, recipe_hash
 from fmrizoo.trainer.inputs import BatchStream as BatchStream
 from fmrizoo.trainer.inputs import CompactSamples
@@ -149,6 +151,8 @@ class _Run:
             self.step,
         )
         log.info("%s", self.accounting.sentence())
+        if getattr(model, "parametrization", None) is not None:
+            log.info("muP, %s", self.engine.groups)
         self.began = time.monotonic()
 
     def _resume(self) -> None:
@@ -160,6 +164,7 @@ class _Run:
             return
         folder, state = found
         self._check(folder, state)
+        check_parametrization(folder, self.inputs.model)
         self.saver.load(folder)
         self.step = self.resumed_from = self.saved_at = state.step
         self.before += state.seconds
@@ -347,7 +352,14 @@ class _Run:
             stopped_early=self.stopped_early,
             parameters=self.engine.parameters,
         )
-        self.ranks.on_main(lambda: save_model(self.folder.model, kept, info))
+
+        def write() -> None:
+            with writing("parametrization.json", self.folder.model):
+                self.folder.model.mkdir(parents=True, exist_ok=True)
+                write_parametrization(self.folder.model, self.inputs.model)
+            save_model(self.folder.model, kept, info)
+
+        self.ranks.on_main(write)
 
     def drop_features(self) -> None:
         """Remove the features of a finished run: they are large, and can be made again."""

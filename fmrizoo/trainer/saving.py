@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmrizoo.errors import CheckpointError
+from fmrizoo.mup.stored import write_parametrization
 from fmrizoo.trainer import checkpoint
 from fmrizoo.trainer.best import drop_weights, read_weights, write_weights
 from fmrizoo.trainer.checkpoint import RunState
@@ -54,6 +55,7 @@ class Saver:
         torch.save(rng_state(self._ranks.device), partial / _rng_name(world.rank))
         dist.barrier()
         if world.main:
+            write_parametrization(partial, self._engine.model)
             checkpoint.seal(self._folder.checkpoints, state, self._keep)
         dist.barrier()
 
