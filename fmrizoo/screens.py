@@ -14,8 +14,11 @@ from fmrizoo.trainer.accounting import count, megabytes
 if TYPE_CHECKING:
     from fmrizoo.analysis.heads import HeadRow
     from fmrizoo.analysis.memory import MemoryRow
+    from fmrizoo.config import TrainConfig
     from fmrizoo.evaluate.results import Result
     from fmrizoo.evaluate.summary import Row
+    from fmrizoo.mup import Parametrization
+    from fmrizoo.mup.explain import Row as RuleRow
 
 
 def backbones(rows: Sequence[dict[str, Any]]) -> Group:
@@ -148,3 +151,38 @@ def memory(rows: Sequence[MemoryRow]) -> Table:
         mb = "–" if row.mb is None else f"{row.mb:,.0f}"
         table.add_row(row.recipe, row.checkpointing, str(row.frames), mb, row.note)
     return table
+
+
+def mup_table(
+    made: Parametrization, rows: Sequence[RuleRow], parameters: int, train: TrainConfig
+) -> Group:
+    """How parameters start and learn: a line each, or for several alike."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("parameter", overflow="fold", ratio=1)
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("role", no_wrap=True)
+    for name in ("shape", "m", "start", "lr", "decay"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        start = f"{row.init_mean:.2g}" if not row.init_std else f"± {row.init_std:.2g}"
+        table.add_row(
+            row.name,
+            f"×{row.count}" if row.count > 1 else "",
+            row.role,
+            "×".join(map(str, row.shape)),
+            f"{row.m:g}",
+            start,
+            f"{row.lr:.4g}",
+            f"{row.wd:.4g}" if row.wd else "–",
+        )
+    base = ", ".join(f"{key}={value}" for key, value in made.base.items())
+    factors = made.multipliers
+    said = f"muP: {made.m:g} times the base width ({base}). {parameters} parameters. "
+    said += f"Multipliers: output {factors.output / made.m:.4g}, input {factors.input:g}, "
+    said += f"attention {factors.attention:g}. Table {made.sha256[:12]}."
+    notes = (
+        "m: width of its input ÷ at base width. start: ± s.d., or the constant. lr, decay: × "
+        f"train.lr={train.lr:g}, × train.weight_decay={train.weight_decay:g} (–: none); "
+        "ε has the factor of lr."
+    )
+    return Group(Text(said), Text(), table, Text(), Text(notes, style="dim"))

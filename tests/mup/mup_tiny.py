@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from torch import nn
 
 from fmrizoo import zoo
@@ -72,6 +73,11 @@ CASES = [
     for part in (*OBJECTIVES, *HEADS)
     if not (backbone == "neuromamba_2way" and part.startswith("autoregressive"))
 ]
+# What differs is tested always; the other pairs by `make test-slow`.
+DIFFERENT = {(backbone, "simmim_mlp") for backbone in BACKBONES}
+DIFFERENT |= {("swin4d", part) for part in HEADS} | {("neuromamba", "lora")}
+DIFFERENT |= {("neuromamba", "autoregressive_linear"), ("swin_factorized", "lora")}
+MOST = [pytest.param(*c, marks=() if c in DIFFERENT else pytest.mark.slow) for c in CASES]
 
 
 def section(backbone: str, times: int = 1) -> dict[str, Any]:
