@@ -125,8 +125,8 @@ def at_width(recipe: Recipe, width: int, base: int, parametrization: str | None)
         start = recipe.parametrization.ssm_init
         if hasattr(recipe.backbone, "d_state"):
             start = "stratified"
-        keys = {"name": name, "base": width_keys(recipe, base), "ssm_init": start}
-        made.parametrization = replace(recipe.parametrization, **keys)
+        keys = width_keys(recipe, base)
+        made.parametrization = replace(recipe.parametrization, name=name, base=keys, ssm_init=start)
     return made
 
 
@@ -189,7 +189,7 @@ def _logits(attention: WindowAttention) -> Callable[[tuple[Any, ...], Any], Tens
 
     def read(_: tuple[Any, ...], qkv: Any) -> Tensor:
         q, k, _ = qkv.unflatten(-1, (3, attention.heads, -1)).unbind(-3)
-        found: Tensor = (q[:-1] * k[1:]).sum(-1) * attention.scale
+        found: Tensor = (q[:-1] * k[1:]).sum(-1) * (attention.scale * attention.multiplier)
         return found
 
     return read
@@ -217,8 +217,8 @@ def mixer_parts(mixer: Mamba2, u: Tensor, prenorm: Tensor) -> dict[str, Tensor]:
     taps = F.pad(mixed.transpose(1, 2), (mixer.d_conv - 1, 0))
     mixed = F.silu(F.conv1d(taps, w.conv[:, None], w.conv_bias, groups=len(w.conv))).transpose(1, 2)
     x, B, C = torch.split(mixed, [inner, states, states], -1)
-    dt, x = F.softplus(dt + w.dt_bias), x.unflatten(-1, (mixer.heads, -1))
-    B, C = (v.unflatten(-1, (groups, -1)) for v in (B, C))
+    dt, x = F.softplus(dt + w.dt_bias), torch.unflatten(x, -1, (mixer.heads, -1))
+    B, C = (torch.unflatten(v, -1, (groups, -1)) for v in (B, C))
     y, _ = ssd(x, dt, w.A, B, C)
     return {"z": z, "x": x, "B": B, "C": C, "dt": dt, "scan": y + x * w.D[:, None]}
 

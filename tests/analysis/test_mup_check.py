@@ -15,17 +15,15 @@ from torch import nn
 
 from fmrizoo.analysis.mup_check import (
     CoordinateCheck,
-    FirstStep,
     Point,
     Recorder,
     coordinate_check,
-    first_step,
     leaf_taps,
     read_checks,
     slope,
-    snapshot,
     write_checks,
 )
+from fmrizoo.analysis.mup_step import FirstStep, first_step, snapshot
 from fmrizoo.errors import DataError, RecipeError
 
 MUP = Rules()

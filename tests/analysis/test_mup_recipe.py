@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fmrizoo.analysis.mup_check import first_step, snapshot
 from fmrizoo.analysis.mup_recipe import (
     adamw,
     at_width,
@@ -21,6 +20,7 @@ from fmrizoo.analysis.mup_recipe import (
     widths_of,
     zoo_taps,
 )
+from fmrizoo.analysis.mup_step import first_step, snapshot
 from fmrizoo.backbones.mamba2 import EPS, Mamba2
 from fmrizoo.errors import RecipeError
 from fmrizoo.types import Grid
