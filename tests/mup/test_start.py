@@ -76,13 +76,7 @@ def steps(trained: nn.Module, count: int = 3, given: Parametrization | None = No
     return losses
 
 
-# Rotary positions turn in place what LoRA's product returns as a view: it cannot train so far.
-BROKEN = pytest.mark.xfail(raises=RuntimeError, strict=True, reason="LoRA under rotary positions")
-ROTARY_LORA = pytest.param("swin_factorized", "lora", marks=BROKEN)
-TRAINED = [ROTARY_LORA if case.values == ROTARY_LORA.values else case for case in MOST]
-
-
-@pytest.mark.parametrize(("backbone", "part"), TRAINED)
+@pytest.mark.parametrize(("backbone", "part"), MOST)
 def test_at_base_width_it_is_the_standard_parametrization_bit_for_bit(
     backbone: str, part: str
 ) -> None:
