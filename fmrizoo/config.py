@@ -1,7 +1,7 @@
 """Recipes: YAML ``defaults`` + file + dotted overrides, checked against typed dataclasses.
 
 Component sections (``backbone``, ``objective``, ``head``) take the schema of the component that
-their ``name`` picks; the other sections are below, one dataclass each, one comment per field.
+their ``name`` picks; the other sections are in :mod:`fmrizoo.sections`.
 """
 
 from __future__ import annotations
@@ -19,237 +19,15 @@ from yaml import YAMLError
 
 from fmrizoo.errors import RecipeError
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, Registry, suggest
-
-CHECKPOINTING = ("none", "block", "window-chunk")
-NORMALIZATIONS = ("znorm_minback", "znorm_zeroback", "minmax", "robust", "voxel", "none")
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise RecipeError(message)
-
-
-def _one_of(key: str, value: str, known: Sequence[str]) -> None:
-    _require(value in known, f"{key}={value!r} is not known.{suggest(value, list(known))}")
-
-
-@dataclass
-class PrepareConfig:
-    """How NIfTI runs become a store."""
-
-    space: str = "MNI152NLin2009cAsym"  # BIDS space to pick; `native`: keep each run's own voxels
-    grid: list[int] = field(default_factory=lambda: [96, 96, 96])  # voxels x y z (not for native)
-    voxel_size: list[float] = field(default_factory=lambda: [2.0, 2.0, 2.0])  # millimetres
-    center: list[float] = field(
-        default_factory=lambda: [1.0, -17.0, 17.0]
-    )  # mm, middle of the grid
-    orientation: str = "RAS"  # axis codes of the stored array; SwiFT's weights expect LAS
-    mask: str = "auto"  # auto: the BIDS desc-brain_mask; compute: nilearn's EPI mask; or a file
-    dummy_scans: int = 0  # volumes dropped at the start of every run
-    tr: float | None = None  # seconds; None: the sidecar's RepetitionTime, else the header's
-    on_tr_conflict: str = (
-        "stop"  # header and sidecar disagree: stop | sidecar (follow it, and say so)
-    )
-    confounds: str | None = (
-        None  # nilearn strategy: simple, scrubbing, compcor, ica_aroma; None: none
-    )
-    codec: str = (
-        "int8"  # int8 (in-brain voxels, one pread a window) | gzip (dense, any h5py reads it)
-    )
-    max_error: float = 0.02  # int8 → int16 above this rms error / temporal s.d.
-    select: dict[str, str] = field(
-        default_factory=dict
-    )  # BIDS entities to keep, {acquisition: 1slice}
-
-    def __post_init__(self) -> None:
-        _one_of("prepare.codec", self.codec, ("int8", "gzip"))
-        _one_of("prepare.on_tr_conflict", self.on_tr_conflict, ("stop", "sidecar"))
-        for key in ("grid", "voxel_size"):
-            value = getattr(self, key)
-            _require(
-                len(value) == 3 and all(v > 0 for v in value),
-                f"prepare.{key} needs three positive numbers (x, y, z), got {list(value)}",
-            )
-        _require(
-            len(self.center) == 3,
-            f"prepare.center needs three numbers (x, y, z), got {list(self.center)}",
-        )
-        letters = {frozenset("RL"), frozenset("AP"), frozenset("SI")}
-        axes = {pair for pair in letters for c in self.orientation if c in pair}
-        _require(
-            len(self.orientation) == 3 and axes == letters,
-            f"prepare.orientation needs one of R/L, A/P and S/I each, got {self.orientation!r}",
-        )
-        _require(self.dummy_scans >= 0, f"prepare.dummy_scans must be ≥ 0, got {self.dummy_scans}")
-
-
-@dataclass
-class DataConfig:
-    """Which store is read and how clips are cut from its runs."""
-
-    store: str = ""  # folder that `fmrizoo prepare` wrote
-    select: dict[str, str] = field(default_factory=dict)  # BIDS entities to keep
-    clip_frames: int = 20  # frames in a clip (the source's SL)
-    frame_stride: int = 1  # frames between two frames of a clip (SWS)
-    clip_stride: float = 1.0  # clip starts, as a share of the clip's span; 0.5 = half overlap (SBS)
-    normalization: str = "znorm_minback"  # see fmrizoo.data.normalize
-    threads: int = 2  # reader threads per rank
-
-    def __post_init__(self) -> None:
-        _one_of("data.normalization", self.normalization, NORMALIZATIONS)
-        _require(self.clip_frames >= 1, f"data.clip_frames must be ≥ 1, got {self.clip_frames}")
-        _require(self.frame_stride >= 1, f"data.frame_stride must be ≥ 1, got {self.frame_stride}")
-        _require(self.clip_stride > 0, f"data.clip_stride must be > 0, got {self.clip_stride}")
-        _require(self.threads >= 1, f"data.threads must be ≥ 1, got {self.threads}")
-
-
-@dataclass
-class TaskConfig:
-    """What a head learns to predict."""
-
-    target: str = "trial_type"  # column of events.tsv or participants.tsv
-    kind: str = "classification"  # classification | regression | ordinal (classes in an order)
-    targets: dict[str, str] = field(
-        default_factory=dict
-    )  # several columns at once, {sex: classification, age: regression}; replaces target and kind
-    source: str = "events"  # events: one clip per event; participants: all clips of a subject
-    levels: list[str] = field(
-        default_factory=list
-    )  # ordinal: names from low to high; empty: the labels are numbers
-    class_weights: str = "none"  # none | balanced: rare classes count as much as frequent ones
-    label_smoothing: float = 0.0  # classification: share of the target spread over all classes
-    lag: float = 5.0  # seconds after an event's onset at which its clip starts (haemodynamic delay)
-    level: str = "event"  # predictions are averaged over the clips of one: event | run | subject
-
-    def __post_init__(self) -> None:
-        _one_of("task.source", self.source, ("events", "participants"))
-        _one_of("task.class_weights", self.class_weights, ("none", "balanced"))
-        for name, kind in self.wanted().items():
-            key = "task.kind" if name not in self.targets else f"task.targets.{name}"
-            _one_of(key, kind, ("classification", "regression", "ordinal"))
-        kinds = list(self.wanted().values())
-        _require(
-            0 <= self.label_smoothing < 1,
-            f"task.label_smoothing is a share in [0, 1), got {self.label_smoothing}",
-        )
-        _require(
-            not self.label_smoothing or "classification" in kinds,
-            f"task.label_smoothing={self.label_smoothing} is for classification, not {kinds[0]}",
-        )
-        _require(
-            self.class_weights == "none" or set(kinds) != {"regression"},
-            f"task.class_weights={self.class_weights} needs a target with classes",
-        )
-        _require(
-            not self.levels or kinds.count("ordinal") == 1,
-            f"task.levels={list(self.levels)} needs one target of kind ordinal",
-        )
-        _one_of("task.level", self.level, ("event", "run", "subject"))
-        _require(math.isfinite(self.lag), f"task.lag is a number of seconds, got {self.lag}")
-        _require(
-            not (self.source == "participants" and self.level == "event"),
-            "task.level=event needs task.source=events; use level=subject for participants.tsv",
-        )
-        _require(
-            len(self.targets) < 2 or self.source == "participants" or self.level == "event",
-            f"task.level={self.level} with several targets from events is ambiguous: use "
-            "task.level=event",
-        )
-
-    def wanted(self) -> dict[str, str]:
-        """Kind of each target by its name, in the order of a head's outputs."""
-        return dict(self.targets) or {self.target: self.kind}
-
-
-@dataclass
-class SplitConfig:
-    """Which units train, validate and test. Written to a file once, then reused."""
-
-    by: str = "subject"  # subject | session | run: what is never divided between the parts
-    folds: int = 5  # every unit is in the test part of exactly one fold
-    fold: int = 0  # the fold of this run
-    validation: float = 0.2  # share of the non-test units held out for validation
-    seed: int = 0  # of the shuffle
-    file: str | None = None  # an existing split file to use as it is
-
-    def __post_init__(self) -> None:
-        _one_of("split.by", self.by, ("subject", "session", "run"))
-        _require(self.folds >= 2, f"split.folds must be ≥ 2, got {self.folds}")
-        _require(
-            0 <= self.fold < self.folds,
-            f"split.fold must be in 0..{self.folds - 1}, got {self.fold}",
-        )
-        _require(
-            0 <= self.validation < 1, f"split.validation must be in [0, 1), got {self.validation}"
-        )
-
-
-@dataclass
-class TrainConfig:
-    """Optimisation; every value is for the whole job, whatever its world size."""
-
-    steps: int = 1000  # optimizer steps
-    batch_size: int = 8  # clips per optimizer step over all ranks
-    accumulate: int = 1  # gradient accumulation: batch_size = ranks × accumulate × micro-batch
-    max_micro_batch: int = 0  # clips a rank takes at a time; accumulates as it must; 0: no limit
-    lr: float = 1e-4  # peak learning rate
-    warmup: float = 0.01  # share of the steps with linearly rising rate
-    min_lr_ratio: float = 0.01  # the cosine ends at lr × this
-    weight_decay: float = 0.01  # AdamW, on matrices only
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
-    eps: float = 1e-8  # AdamW
-    clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
-    precision: str = "fp32"  # fp32 | bf16 (bf16 weights, fp32 master weights and gradient sums)
-    zero_stage: int = 1  # DeepSpeed ZeRO 0–3
-    checkpointing: str = "none"  # activations: none | block | window-chunk: recomputed backward
-    seed: int = 0  # initialisation, order, masks, dropout
-    log_every: int = 1  # steps between two lines of metrics.jsonl
-    save_every: int = 0  # steps between two checkpoints; 0: at the end only
-    validate_every: int = 0  # steps between two validations; 0: at the end only
-    monitor: str = "loss"  # validation metric that says which weights are the best
-    patience: int = 0  # validations without a better one before training stops; 0: never
-    keep_best: bool = False  # export the weights of the best validation, not the last ones
-    cache_features: bool = False  # frozen encoder: run it once per clip, then train the head alone
-    keep: int = 2  # checkpoints kept
-    device: str = "auto"  # auto | cpu | cuda | xpu
-
-    def __post_init__(self) -> None:
-        _require(
-            self.max_micro_batch >= 0,
-            f"train.max_micro_batch must be ≥ 0, got {self.max_micro_batch}",
-        )
-        _require(
-            not (self.max_micro_batch and self.accumulate > 1),
-            f"train.accumulate={self.accumulate} and train.max_micro_batch="
-            f"{self.max_micro_batch} both set the accumulation: give one of them",
-        )
-        _one_of("train.precision", self.precision, ("fp32", "bf16"))
-        _one_of("train.checkpointing", self.checkpointing, CHECKPOINTING)
-        _one_of("train.device", self.device, ("auto", "cpu", "cuda", "xpu"))
-        _require(self.zero_stage in (0, 1, 2, 3), f"train.zero_stage is 0–3, got {self.zero_stage}")
-        for key in ("steps", "batch_size", "accumulate", "log_every", "keep"):
-            value = getattr(self, key)
-            _require(value >= 1, f"train.{key} must be ≥ 1, got {value}")
-        for key in ("warmup", "min_lr_ratio"):
-            value = getattr(self, key)
-            _require(0 <= value <= 1, f"train.{key} is a share in [0, 1], got {value}")
-        for key in ("weight_decay", "clip_norm", "save_every", "validate_every", "patience"):
-            value = getattr(self, key)
-            _require(value >= 0, f"train.{key} must be ≥ 0, got {value}")
-        for key in ("lr", "eps"):
-            value = getattr(self, key)
-            _require(value > 0, f"train.{key} must be > 0, got {value}")
-        for key in ("patience", "keep_best"):
-            _require(
-                not getattr(self, key) or self.validate_every > 0,
-                f"train.{key}={getattr(self, key)} needs validations on the way: set "
-                "train.validate_every",
-            )
-        _require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            f"train.betas needs two numbers in [0, 1), got {list(self.betas)}",
-        )
-
+from fmrizoo.sections import CHECKPOINTING as CHECKPOINTING
+from fmrizoo.sections import NORMALIZATIONS as NORMALIZATIONS
+from fmrizoo.sections import DataConfig as DataConfig
+from fmrizoo.sections import PrepareConfig as PrepareConfig
+from fmrizoo.sections import SplitConfig as SplitConfig
+from fmrizoo.sections import SweepConfig as SweepConfig
+from fmrizoo.sections import TaskConfig as TaskConfig
+from fmrizoo.sections import TrainConfig as TrainConfig
+from fmrizoo.sections import one_of, require
 
 BASE_KEYS = ("embed_dim", "num_heads")
 
@@ -273,36 +51,36 @@ class ParametrizationConfig:
     depth: str = "none"  # transfer over depth: none
 
     def __post_init__(self) -> None:
-        _one_of("parametrization.name", self.name, ("sp", "mup"))
-        _one_of("parametrization.ssm_init", self.ssm_init, ("random", "stratified"))
-        _one_of(
+        one_of("parametrization.name", self.name, ("sp", "mup"))
+        one_of("parametrization.ssm_init", self.ssm_init, ("random", "stratified"))
+        one_of(
             "parametrization.weight_decay", self.weight_decay, ("independent", "sqrt", "coupled")
         )
-        _one_of("parametrization.depth", self.depth, ("none",))
+        one_of("parametrization.depth", self.depth, ("none",))
         for key in ("output_mult", "input_mult", "attn_mult"):
             value = getattr(self, key)
-            _require(
+            require(
                 0 < value < math.inf, f"parametrization.{key} must be a number > 0, got {value}"
             )
-            _require(
+            require(
                 value == 1 or self.name == "mup",
                 f"parametrization.{key}={value} needs parametrization.name=mup",
             )
         for key, value in self.base.items():
-            _require(
+            require(
                 key in BASE_KEYS,
                 f"parametrization.base.{key}: base and model may differ in widths only "
                 f"({', '.join(BASE_KEYS)})",
             )
             numbers = value if key == "num_heads" and isinstance(value, list) else [value]
-            _require(
+            require(
                 (key == "embed_dim" or isinstance(value, list))
                 and all(type(n) is int and n >= 1 for n in numbers),
                 f"parametrization.base.{key} needs "
                 f"{'whole numbers, one a stage' if key == 'num_heads' else 'a whole number'} ≥ 1, "
                 f"got {value!r}",
             )
-        _require(
+        require(
             self.name == "sp" or "embed_dim" in self.base,
             "parametrization.name=mup needs the width to scale from: set "
             "parametrization.base={embed_dim: …}",
@@ -322,12 +100,13 @@ class Recipe:
     split: SplitConfig = field(default_factory=SplitConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parametrization: ParametrizationConfig = field(default_factory=ParametrizationConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     init_from: str | None = (
         None  # model folder whose encoder weights start the run; {fold} is filled in
     )
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.objective is None or self.head is None,
             "a recipe has an objective (pretraining) or a head (fine-tuning), not both",
         )

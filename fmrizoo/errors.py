@@ -27,5 +27,9 @@ class TrainingError(FmrizooError, RuntimeError):
     """Training that cannot start or go on: a device, the ranks, or a loss that is not finite."""
 
 
+class DivergedError(TrainingError):
+    """A loss or a gradient that is not finite: the rate is too high, or the data are broken."""
+
+
 class MissingExtraError(FmrizooError, ImportError):
     """An optional package is needed; the message holds the pip command."""

@@ -17,7 +17,7 @@ LEVELS = {
     3: ("trainer", "evaluate", "analysis", "forecast"),
     2: ("heads", "objectives", "data", "model", "weights", "zoo"),
     1: ("backbones",),
-    0: ("config", "registry", "types", "layers", "errors", "files", "mup"),
+    0: ("config", "sections", "registry", "types", "layers", "errors", "files", "mup"),
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
 # Rooms of one level, or an arrow down, that must not meet all the same.
@@ -26,7 +26,7 @@ STRANGERS = {
     "heads": {"backbones", "objectives", "data", "weights", "zoo", "model"},
     "data": {"backbones", "objectives", "heads", "weights", "zoo", "model"},
     "model": {"backbones", "objectives", "heads", "data", "weights", "zoo"},
-    "layers": {"config", "registry"},
+    "layers": {"config", "sections", "registry"},
 }
 # Reading an exported model needs the trainer's file format, when a function asks for it.
 LAZY = {("zoo", "fmrizoo.trainer.export"), ("weights", "fmrizoo.trainer.export")}

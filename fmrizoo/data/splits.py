@@ -51,6 +51,8 @@ class Split:
 
     def _body(self) -> dict[str, Any]:
         settings = {k: v for k, v in asdict(self.config).items() if k != "file"}
+        if not self.config.train_units:
+            del settings["train_units"]  # as in files from before there was such a setting
         return {"schema": SCHEMA, "config": settings, **self.parts()}
 
     def save(self, path: Path) -> None:
@@ -128,7 +130,9 @@ def unit_of(key: RunKey, by: str) -> str:
 def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Split:
     """Fold ``config.fold`` of a seeded k-fold over units, with validation from the other units.
 
-    Over the folds every unit is in the test part exactly once. With ``config.file`` that split
+    Over the folds every unit is in the test part exactly once. With ``config.train_units`` the
+    training part is cut to the first of its units in the drawn order, so that a smaller one is part
+    of every larger one; validation and test stay as they are. With ``config.file`` that split
     is read instead and checked against the store.
 
     Raises:
@@ -159,7 +163,13 @@ def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Sp
             f" part and {held_out} of them for validation: nothing is left to train on; lower "
             f"split.validation"
         )
-    parts = (rest[held_out:], rest[:held_out], test)
+    train_names = rest[held_out:]
+    if config.train_units > len(train_names):
+        raise DataError(
+            f"split.train_units={config.train_units}, but the training part of fold {config.fold} "
+            f"has {len(train_names)} {config.by}(s)"
+        )
+    parts = (train_names[: config.train_units or None], rest[:held_out], test)
     train, validation, test = (sorted(n for u in part for n in units[u]) for part in parts)
     split = Split(train, validation, test, config)
     split.check(store)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fmrizoo.config import to_dict
-from fmrizoo.errors import CheckpointError, RecipeError, TrainingError
+from fmrizoo.errors import CheckpointError, DivergedError, RecipeError, TrainingError
 from fmrizoo.mup.stored import check_parametrization, write_parametrization
 from fmrizoo.trainer import checkpoint
 from fmrizoo.trainer.accounting import Accounting, account
@@ -260,7 +260,7 @@ class _Run:
             everyone = [None] * self.world.size
             dist.all_gather_object(everyone, subjects)
         names = sorted({name for part in everyone for name in part or ()})
-        raise TrainingError(
+        raise DivergedError(
             f"the {what} of step {self.step + 1} is not finite; the step's clips are of "
             f"{', '.join(names)}. Look at their data, or lower train.lr "
             f"({self.cfg.lr:g}) or train.clip_norm ({self.cfg.clip_norm:g}). Checkpoints in "

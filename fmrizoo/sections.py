@@ -1,0 +1,293 @@
+"""Sections of a recipe, one dataclass each, one comment per field; they check their own values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fmrizoo.errors import RecipeError
+from fmrizoo.registry import suggest
+
+CHECKPOINTING = ("none", "block", "window-chunk")
+NORMALIZATIONS = ("znorm_minback", "znorm_zeroback", "minmax", "robust", "voxel", "none")
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise RecipeError(message)
+
+
+def one_of(key: str, value: str, known: Sequence[str]) -> None:
+    require(value in known, f"{key}={value!r} is not known.{suggest(value, list(known))}")
+
+
+@dataclass
+class PrepareConfig:
+    """How NIfTI runs become a store."""
+
+    space: str = "MNI152NLin2009cAsym"  # BIDS space to pick; `native`: keep each run's own voxels
+    grid: list[int] = field(default_factory=lambda: [96, 96, 96])  # voxels x y z (not for native)
+    voxel_size: list[float] = field(default_factory=lambda: [2.0, 2.0, 2.0])  # millimetres
+    center: list[float] = field(
+        default_factory=lambda: [1.0, -17.0, 17.0]
+    )  # mm, middle of the grid
+    orientation: str = "RAS"  # axis codes of the stored array; SwiFT's weights expect LAS
+    mask: str = "auto"  # auto: the BIDS desc-brain_mask; compute: nilearn's EPI mask; or a file
+    dummy_scans: int = 0  # volumes dropped at the start of every run
+    tr: float | None = None  # seconds; None: the sidecar's RepetitionTime, else the header's
+    on_tr_conflict: str = (
+        "stop"  # header and sidecar disagree: stop | sidecar (follow it, and say so)
+    )
+    confounds: str | None = (
+        None  # nilearn strategy: simple, scrubbing, compcor, ica_aroma; None: none
+    )
+    codec: str = (
+        "int8"  # int8 (in-brain voxels, one pread a window) | gzip (dense, any h5py reads it)
+    )
+    max_error: float = 0.02  # int8 → int16 above this rms error / temporal s.d.
+    select: dict[str, str] = field(
+        default_factory=dict
+    )  # BIDS entities to keep, {acquisition: 1slice}
+
+    def __post_init__(self) -> None:
+        one_of("prepare.codec", self.codec, ("int8", "gzip"))
+        one_of("prepare.on_tr_conflict", self.on_tr_conflict, ("stop", "sidecar"))
+        for key in ("grid", "voxel_size"):
+            value = getattr(self, key)
+            require(
+                len(value) == 3 and all(v > 0 for v in value),
+                f"prepare.{key} needs three positive numbers (x, y, z), got {list(value)}",
+            )
+        require(
+            len(self.center) == 3,
+            f"prepare.center needs three numbers (x, y, z), got {list(self.center)}",
+        )
+        letters = {frozenset("RL"), frozenset("AP"), frozenset("SI")}
+        axes = {pair for pair in letters for c in self.orientation if c in pair}
+        require(
+            len(self.orientation) == 3 and axes == letters,
+            f"prepare.orientation needs one of R/L, A/P and S/I each, got {self.orientation!r}",
+        )
+        require(self.dummy_scans >= 0, f"prepare.dummy_scans must be ≥ 0, got {self.dummy_scans}")
+
+
+@dataclass
+class DataConfig:
+    """Which store is read and how clips are cut from its runs."""
+
+    store: str = ""  # folder that `fmrizoo prepare` wrote
+    select: dict[str, str] = field(default_factory=dict)  # BIDS entities to keep
+    clip_frames: int = 20  # frames in a clip (the source's SL)
+    frame_stride: int = 1  # frames between two frames of a clip (SWS)
+    clip_stride: float = 1.0  # clip starts, as a share of the clip's span; 0.5 = half overlap (SBS)
+    normalization: str = "znorm_minback"  # see fmrizoo.data.normalize
+    threads: int = 2  # reader threads per rank
+
+    def __post_init__(self) -> None:
+        one_of("data.normalization", self.normalization, NORMALIZATIONS)
+        require(self.clip_frames >= 1, f"data.clip_frames must be ≥ 1, got {self.clip_frames}")
+        require(self.frame_stride >= 1, f"data.frame_stride must be ≥ 1, got {self.frame_stride}")
+        require(self.clip_stride > 0, f"data.clip_stride must be > 0, got {self.clip_stride}")
+        require(self.threads >= 1, f"data.threads must be ≥ 1, got {self.threads}")
+
+
+@dataclass
+class TaskConfig:
+    """What a head learns to predict."""
+
+    target: str = "trial_type"  # column of events.tsv or participants.tsv
+    kind: str = "classification"  # classification | regression | ordinal (classes in an order)
+    targets: dict[str, str] = field(
+        default_factory=dict
+    )  # several columns at once, {sex: classification, age: regression}; replaces target and kind
+    source: str = "events"  # events: one clip per event; participants: all clips of a subject
+    levels: list[str] = field(
+        default_factory=list
+    )  # ordinal: names from low to high; empty: the labels are numbers
+    class_weights: str = "none"  # none | balanced: rare classes count as much as frequent ones
+    label_smoothing: float = 0.0  # classification: share of the target spread over all classes
+    lag: float = 5.0  # seconds after an event's onset at which its clip starts (haemodynamic delay)
+    level: str = "event"  # predictions are averaged over the clips of one: event | run | subject
+
+    def __post_init__(self) -> None:
+        one_of("task.source", self.source, ("events", "participants"))
+        one_of("task.class_weights", self.class_weights, ("none", "balanced"))
+        for name, kind in self.wanted().items():
+            key = "task.kind" if name not in self.targets else f"task.targets.{name}"
+            one_of(key, kind, ("classification", "regression", "ordinal"))
+        kinds = list(self.wanted().values())
+        require(
+            0 <= self.label_smoothing < 1,
+            f"task.label_smoothing is a share in [0, 1), got {self.label_smoothing}",
+        )
+        require(
+            not self.label_smoothing or "classification" in kinds,
+            f"task.label_smoothing={self.label_smoothing} is for classification, not {kinds[0]}",
+        )
+        require(
+            self.class_weights == "none" or set(kinds) != {"regression"},
+            f"task.class_weights={self.class_weights} needs a target with classes",
+        )
+        require(
+            not self.levels or kinds.count("ordinal") == 1,
+            f"task.levels={list(self.levels)} needs one target of kind ordinal",
+        )
+        one_of("task.level", self.level, ("event", "run", "subject"))
+        require(math.isfinite(self.lag), f"task.lag is a number of seconds, got {self.lag}")
+        require(
+            not (self.source == "participants" and self.level == "event"),
+            "task.level=event needs task.source=events; use level=subject for participants.tsv",
+        )
+        require(
+            len(self.targets) < 2 or self.source == "participants" or self.level == "event",
+            f"task.level={self.level} with several targets from events is ambiguous: use "
+            "task.level=event",
+        )
+
+    def wanted(self) -> dict[str, str]:
+        """Kind of each target by its name, in the order of a head's outputs."""
+        return dict(self.targets) or {self.target: self.kind}
+
+
+@dataclass
+class SplitConfig:
+    """Which units train, validate and test. Written to a file once, then reused."""
+
+    by: str = "subject"  # subject | session | run: what is never divided between the parts
+    folds: int = 5  # every unit is in the test part of exactly one fold
+    fold: int = 0  # the fold of this run
+    validation: float = 0.2  # share of the non-test units held out for validation
+    train_units: int = 0  # train on so many units only, the first of one order; 0: on all
+    seed: int = 0  # of the shuffle
+    file: str | None = None  # an existing split file to use as it is
+
+    def __post_init__(self) -> None:
+        one_of("split.by", self.by, ("subject", "session", "run"))
+        require(self.train_units >= 0, f"split.train_units must be ≥ 0, got {self.train_units}")
+        require(self.folds >= 2, f"split.folds must be ≥ 2, got {self.folds}")
+        require(
+            0 <= self.fold < self.folds,
+            f"split.fold must be in 0..{self.folds - 1}, got {self.fold}",
+        )
+        require(
+            0 <= self.validation < 1, f"split.validation must be in [0, 1), got {self.validation}"
+        )
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation; every value is for the whole job, whatever its world size."""
+
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 8  # clips per optimizer step over all ranks
+    accumulate: int = 1  # gradient accumulation: batch_size = ranks × accumulate × micro-batch
+    max_micro_batch: int = 0  # clips a rank takes at a time; accumulates as it must; 0: no limit
+    lr: float = 1e-4  # peak learning rate
+    warmup: float = 0.01  # share of the steps with linearly rising rate
+    min_lr_ratio: float = 0.01  # the cosine ends at lr × this
+    weight_decay: float = 0.01  # AdamW, on matrices only
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
+    eps: float = 1e-8  # AdamW
+    clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
+    precision: str = "fp32"  # fp32 | bf16 (bf16 weights, fp32 master weights and gradient sums)
+    zero_stage: int = 1  # DeepSpeed ZeRO 0–3
+    checkpointing: str = "none"  # activations: none | block | window-chunk: recomputed backward
+    seed: int = 0  # initialisation, order, masks, dropout
+    log_every: int = 1  # steps between two lines of metrics.jsonl
+    save_every: int = 0  # steps between two checkpoints; 0: at the end only
+    validate_every: int = 0  # steps between two validations; 0: at the end only
+    monitor: str = "loss"  # validation metric that says which weights are the best
+    patience: int = 0  # validations without a better one before training stops; 0: never
+    keep_best: bool = False  # export the weights of the best validation, not the last ones
+    cache_features: bool = False  # frozen encoder: run it once per clip, then train the head alone
+    keep: int = 2  # checkpoints kept
+    device: str = "auto"  # auto | cpu | cuda | xpu
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_micro_batch >= 0,
+            f"train.max_micro_batch must be ≥ 0, got {self.max_micro_batch}",
+        )
+        require(
+            not (self.max_micro_batch and self.accumulate > 1),
+            f"train.accumulate={self.accumulate} and train.max_micro_batch="
+            f"{self.max_micro_batch} both set the accumulation: give one of them",
+        )
+        one_of("train.precision", self.precision, ("fp32", "bf16"))
+        one_of("train.checkpointing", self.checkpointing, CHECKPOINTING)
+        one_of("train.device", self.device, ("auto", "cpu", "cuda", "xpu"))
+        require(self.zero_stage in (0, 1, 2, 3), f"train.zero_stage is 0–3, got {self.zero_stage}")
+        for key in ("steps", "batch_size", "accumulate", "log_every", "keep"):
+            value = getattr(self, key)
+            require(value >= 1, f"train.{key} must be ≥ 1, got {value}")
+        for key in ("warmup", "min_lr_ratio"):
+            value = getattr(self, key)
+            require(0 <= value <= 1, f"train.{key} is a share in [0, 1], got {value}")
+        for key in ("weight_decay", "clip_norm", "save_every", "validate_every", "patience"):
+            value = getattr(self, key)
+            require(value >= 0, f"train.{key} must be ≥ 0, got {value}")
+        for key in ("lr", "eps"):
+            value = getattr(self, key)
+            require(value > 0, f"train.{key} must be > 0, got {value}")
+        for key in ("patience", "keep_best"):
+            require(
+                not getattr(self, key) or self.validate_every > 0,
+                f"train.{key}={getattr(self, key)} needs validations on the way: set "
+                "train.validate_every",
+            )
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            f"train.betas needs two numbers in [0, 1), got {list(self.betas)}",
+        )
+
+
+SWEEP_LOSSES = ("validation", "train")
+
+
+@dataclass
+class SweepConfig:
+    """Which models `mup transfer` and `scaling sweep` train; everything else is the recipe's."""
+
+    widths: list[int] = field(
+        default_factory=list
+    )  # backbone.embed_dim; heads grow in number with it. Empty: 1, 2, 4 and 8 times the base
+    rates: list[float] = field(
+        default_factory=list
+    )  # transfer: train.lr; empty: 2^-2 … 2^2 times the recipe's. Goes on while the last is best
+    samples: list[int] = field(
+        default_factory=list
+    )  # scaling: clips seen in training (steps × batch); every schedule ends at its own
+    units: list[int] = field(
+        default_factory=lambda: [0]
+    )  # scaling: training units (split.train_units); 0: all
+    variants: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # scaling: name → overrides, such as of data; one law each
+    seeds: int = 1  # trainings of every setting, train.seed and on
+    loss: str = "validation"  # validation | train (mean over the last tenth of the steps)
+
+    def __post_init__(self) -> None:
+        one_of("sweep.loss", self.loss, SWEEP_LOSSES)
+        require(self.seeds >= 1, f"sweep.seeds must be ≥ 1, got {self.seeds}")
+        for key, least in (("widths", 1), ("samples", 1), ("units", 0)):
+            values = getattr(self, key)
+            require(
+                all(value >= least for value in values),
+                f"sweep.{key} needs numbers ≥ {least}, got {list(values)}",
+            )
+        for key in ("widths", "rates", "samples", "units"):
+            values = getattr(self, key)
+            require(
+                len(set(values)) == len(values), f"sweep.{key} has a value twice: {list(values)}"
+            )
+        require(
+            all(0 < rate < math.inf for rate in self.rates),
+            f"sweep.rates needs positive numbers, got {list(self.rates)}",
+        )
+        require(bool(self.units), "sweep.units is empty: give 0 for all training units")
+        for name in self.variants:
+            require(
+                bool(name) and all(c.isalnum() or c in "-_." for c in name) and name[0] != ".",
+                f"sweep.variants: {name!r} becomes a folder: use letters, digits, - and _",
+            )
