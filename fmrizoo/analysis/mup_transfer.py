@@ -171,7 +171,7 @@ class Transfer:
         said += f" over {over:g} times the width"
         if self.edges:
             said += (
-                f"; at width {', '.join(map(str, self.edges))} the best rate is the last trained"
+                f"; at width {', '.join(map(str, self.edges))} the best rate is the last one trained"
             )
         return said.replace("-", "−")
 

@@ -44,8 +44,10 @@ def _draw(transfers: Sequence[Transfer]) -> Figure:
     shown = [v for found in transfers for w in found.widths for v in found.curve(w).values()]
     high = min(max(v for v in shown if math.isfinite(v)), low * CEILING)
     panels[0].set_ylim(low * 0.9, high * 1.1)
+    _label(panels[0], few=high / low > 3)
     panels[0].set_ylabel(f"{transfers[0].which} loss")
-    panels[-1].legend(title="width", loc="upper right", handlelength=1.4)
+    lines, names = panels[-1].get_legend_handles_labels()
+    figure.legend(lines, names, title="width", loc="outside right upper", handlelength=1.4)
     return figure
 
 
@@ -61,8 +63,6 @@ def _panel(axes: Any, found: Transfer) -> None:
         axes.plot(2**best.log2, best.loss, "*", ms=12, color=colour, mec="white", mew=0.8, zorder=5)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
     axes.axvline(2 ** found.optimum(found.widths[0]).log2, color=MUTED, lw=0.8, ls=(0, (4, 3)))
     said = f"drift {found.drift():+.2f} per doubling\nregret {found.regret:.1%}"
     axes.annotate(
@@ -74,6 +74,18 @@ def _panel(axes: Any, found: Transfer) -> None:
         color=INK,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
     )
+
+
+def _label(axes: Any, few: bool) -> None:
+    """Numbers between the powers of ten too: a valley is often less than a decade deep."""
+
+    def plain(value: float, _: int) -> str:
+        leading = round(value / 10 ** math.floor(math.log10(value)))
+        return f"{value:g}" if not few or leading in (1, 2, 3, 5) else ""
+
+    for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        set_formatter(plain)
+    axes.tick_params(axis="y", which="both", labelsize=8.5)
 
 
 def _seeds(axes: Any, found: Transfer, width: int, colour: Any) -> None:
