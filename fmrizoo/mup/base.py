@@ -96,11 +96,11 @@ def base_depth(recipe: Recipe) -> Depth | None:
     config, target = recipe.parametrization, recipe.backbone
     if config.depth == "none":
         return None
-    key = "depths" if hasattr(target, "depths") else "depth"
-    if key not in config.base:
+    key = "depths" if "depths" in config.base else "depth"
+    if not hasattr(target, key):
         raise RecipeError(
-            f"{getattr(target, 'name', type(target).__name__)} has {key}: set "
-            f"parametrization.base.{key} for parametrization.depth=completep"
+            f"parametrization.base.{key}: {getattr(target, 'name', type(target).__name__)} has no "
+            "such setting"
         )
     base, own = config.base[key], getattr(target, key)
     if key == "depth":

@@ -71,6 +71,11 @@ class Parametrization:
     def groups(self, model: nn.Module) -> dict[str, Scales]:
         """Factors of every parameter of ``model`` by name, in its order.
 
+        Four different ones at most for what trains together. With a base depth two more for each
+        ratio base depth / depth that is not 1 (matrices and vectors of blocks: their ε differs),
+        and a third where factorized blocks have a join: 6 for one ratio, 12 for four stages of
+        four ratios, 7 and 16 with joins.
+
         Raises:
             RecipeError: the model has a parameter that the table lacks, or the other way round.
         """
