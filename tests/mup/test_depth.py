@@ -247,7 +247,7 @@ def test_a_base_depth_that_does_not_fit_is_refused(
 
 
 def test_depth_without_muP_or_without_completep_is_refused() -> None:
-    with pytest.raises(RecipeError, match="completep needs parametrization.name=mup"):
+    with pytest.raises(RecipeError, match=r"completep needs parametrization.name=mup"):
         recipe("swin4d", "none", name="sp", depth="completep")
-    with pytest.raises(RecipeError, match="base.depths needs parametrization.depth=completep"):
+    with pytest.raises(RecipeError, match=r"base.depths needs parametrization.depth=completep"):
         recipe("swin4d", "none", base={"embed_dim": 12, "depths": [1, 1]})

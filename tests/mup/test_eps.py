@@ -27,7 +27,7 @@ from fmrizoo.types import Batch, Grid
 TIMES = (2, 4, 8, 16)  # base widths; the narrowest models have a few heads only
 # The powers that occur are ½ apart: half of that decides between them.
 TOLERANCE = 0.25
-# (backbone, part, seeds, widths). A small readout sees few numbers, and few heads of Mamba make most
+# (backbone, part, seeds, widths). A small readout sees few numbers, few heads of Mamba make most
 # of its gradients of dt and A: more seeds, wider encoders.
 CASES = [
     ("swin4d", "simmim_mlp", 2, TIMES),
@@ -62,7 +62,7 @@ def backward(trained: nn.Module) -> None:
 
 
 def gradients(trained: nn.Module) -> dict[str, float]:
-    """Mean |gradient| of every parameter; of LoRA's A after a small step of B, which starts at 0."""
+    """Mean |gradient| of every parameter; of LoRA's A after a small step of B, at first 0."""
     backward(trained)
     if any(".lora_B." in name for name, _ in trained.named_parameters()):
         with torch.no_grad():
@@ -103,7 +103,7 @@ def test_gradients_shrink_with_the_width_as_epsilon_does(
 
 
 def first_steps(trained: nn.Module, eps: float, scales: Mapping[str, float]) -> dict[str, float]:
-    """Mean |first AdamW step| ÷ its rate, in the trainer's groups, ε × ``scales`` of their names."""
+    """Mean |first AdamW step| ÷ its rate, in the trainer's groups, ε × ``scales`` by name."""
     train = TrainConfig(lr=1e-4, weight_decay=0.0, eps=eps)
     named = {id(p): n for n, p in trained.named_parameters()}
     groups: list[dict[str, Any]] = [
