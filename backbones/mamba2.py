@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,9 @@ from fmrizoo.backbones.mamba2_kernels import (
 from fmrizoo.backbones.mamba2_slices import Mix, Shape, Weights
 from fmrizoo.backbones.ssd import LIMIT, LOG2_E, SHORTEST, check_range, step
 from fmrizoo.errors import RecipeError
+from fmrizoo.layers.lora import scale_output
 from fmrizoo.layers.ragged import Pack, by_length, end_to_end, give_back, together
+from fmrizoo.layers.readout import scaled
 
 BACKENDS = ("auto", "torch", "mamba_ssm")
 BATCHING = ("packed", "padded")
@@ -77,10 +79,18 @@ class Mamba2(nn.Module):
             ``padded``.
         bias: Whether both projections have a bias.
 
+    Attributes:
+        multiplies, multiplier: On the output (which a residual stream gets), in the weights of the
+            last projection, so on every way to compute it; see
+            :class:`fmrizoo.layers.readout.ScaledLinear`.
+
     Raises:
         RecipeError: sizes that do not divide, or an unknown choice.
         MissingExtraError: ``mamba_ssm`` is forced and not installed.
     """
+
+    multiplies: ClassVar[str] = "branch"
+    multiplier: float = 1.0
 
     def __init__(
         self,
@@ -244,9 +254,14 @@ class Mamba2(nn.Module):
             A=-torch.exp(self.A_log.to(wide)),
             D=self.D,
             dt_bias=self.dt_bias.to(wide),
-            outward=outward * self.norm.weight,
-            outward_bias=outward_bias,
+            outward=scaled(outward * self.norm.weight, self.multiplier),
+            outward_bias=None if outward_bias is None else scaled(outward_bias, self.multiplier),
         )
+
+    def fold_multiplier(self) -> None:
+        """Put ``multiplier`` into the last projection; the mixer computes the same."""
+        scale_output(self.out_proj, self.multiplier)
+        self.multiplier = 1.0
 
     def slice_length(self, batch: int, device: torch.device) -> int:
         """Tokens of each sample that are computed at a time."""

@@ -30,6 +30,7 @@ from fmrizoo.sections import TrainConfig as TrainConfig
 from fmrizoo.sections import one_of, require
 
 BASE_KEYS = ("embed_dim", "num_heads")
+DEPTH_KEYS = ("depths", "depth")  # of Swin encoders, one a stage; of NeuroMamba
 
 
 @dataclass
@@ -39,7 +40,7 @@ class ParametrizationConfig:
     name: str = "sp"  # sp (PyTorch's own) | mup (what is tuned at base width holds at every width)
     base: dict[str, Any] = field(
         default_factory=dict
-    )  # widths of the backbone at base size, {embed_dim: 36, num_heads: [3, 6, 12, 24]}
+    )  # the backbone at base size: {embed_dim: 36, num_heads: [3, 6, 12, 24]}, completep: + depths
     readout_zero_init: bool = True  # mup: output layers start with zero weights
     ssm_init: str = "random"  # mup, Mamba's steps and decay rates: random | stratified (placed)
     output_mult: float = 1.0  # mup: on the input of output layers, beside base width / width
@@ -48,7 +49,7 @@ class ParametrizationConfig:
     weight_decay: str = (
         "independent"  # mup: lr × decay stays (independent) | × width^½ (sqrt) | coupled
     )
-    depth: str = "none"  # transfer over depth: none
+    depth: str = "none"  # mup: none | completep (residual branches × base depth / depth)
 
     def __post_init__(self) -> None:
         one_of("parametrization.name", self.name, ("sp", "mup"))
@@ -56,7 +57,7 @@ class ParametrizationConfig:
         one_of(
             "parametrization.weight_decay", self.weight_decay, ("independent", "sqrt", "coupled")
         )
-        one_of("parametrization.depth", self.depth, ("none",))
+        one_of("parametrization.depth", self.depth, ("none", "completep"))
         for key in ("output_mult", "input_mult", "attn_mult"):
             value = getattr(self, key)
             require(
@@ -67,23 +68,45 @@ class ParametrizationConfig:
                 f"parametrization.{key}={value} needs parametrization.name=mup",
             )
         for key, value in self.base.items():
-            require(
-                key in BASE_KEYS,
-                f"parametrization.base.{key}: base and model may differ in widths only "
-                f"({', '.join(BASE_KEYS)})",
-            )
-            numbers = value if key == "num_heads" and isinstance(value, list) else [value]
-            require(
-                (key == "embed_dim" or isinstance(value, list))
-                and all(type(n) is int and n >= 1 for n in numbers),
-                f"parametrization.base.{key} needs "
-                f"{'whole numbers, one a stage' if key == 'num_heads' else 'a whole number'} ≥ 1, "
-                f"got {value!r}",
-            )
+            self._check_base(key, value)
         require(
             self.name == "sp" or "embed_dim" in self.base,
             "parametrization.name=mup needs the width to scale from: set "
             "parametrization.base={embed_dim: …}",
+        )
+        if self.depth == "completep":
+            require(
+                self.name == "mup",
+                "parametrization.depth=completep needs parametrization.name=mup: for depth alone, "
+                "give the model's own width as base",
+            )
+            require(
+                sum(key in self.base for key in DEPTH_KEYS) == 1,
+                "parametrization.depth=completep needs the depth to scale from: set "
+                "parametrization.base.depths=[…] (Swin encoders, one a stage) or base.depth "
+                "(NeuroMamba)",
+            )
+
+    def _check_base(self, key: str, value: Any) -> None:
+        """One entry of ``base``."""
+        require(
+            key in (*BASE_KEYS, *DEPTH_KEYS),
+            f"parametrization.base.{key}: base and model may differ in widths "
+            f"({', '.join(BASE_KEYS)}) and depth ({', '.join(DEPTH_KEYS)}) only",
+        )
+        require(
+            key not in DEPTH_KEYS or self.depth != "none",
+            f"parametrization.base.{key} needs parametrization.depth=completep: with depth=none "
+            "the base has the model's own depth",
+        )
+        several = key in ("num_heads", "depths")
+        numbers = value if several and isinstance(value, list) else [value]
+        require(
+            several == isinstance(value, list)
+            and bool(numbers)
+            and all(type(n) is int and n >= 1 for n in numbers),
+            f"parametrization.base.{key} needs "
+            f"{'whole numbers, one a stage' if several else 'a whole number'} ≥ 1, got {value!r}",
         )
 
 

@@ -162,7 +162,7 @@ def mup_table(
     table.add_column("parameter", overflow="fold", ratio=1)
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("role", no_wrap=True)
-    for name in ("shape", "m", "start", "lr", "decay"):
+    for name in ("shape", "m", "start", "lr", "decay", "ε"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         start = f"{row.init_mean:.2g}" if not row.init_std else f"± {row.init_std:.2g}"
@@ -175,16 +175,20 @@ def mup_table(
             start,
             f"{row.lr:.4g}",
             f"{row.wd:.4g}" if row.wd else "–",
+            f"{row.eps:.4g}",
         )
     base = ", ".join(f"{key}={value}" for key, value in made.base.items())
     factors = made.multipliers
     said = f"muP: {made.m:g} times the base width ({base}). {parameters} parameters. "
     said += f"Multipliers: output {factors.output / made.m:.4g}, input {factors.input:g}, "
-    said += f"attention {factors.attention:g}. Table {made.sha256[:12]}."
+    said += f"attention {factors.attention:g}"
+    if made.depth is not None:
+        said += f", residual branches {', '.join(f'{ratio:.4g}' for ratio in made.depth.ratios)}"
+    said += f". Table {made.sha256[:12]}."
     notes = (
-        "m: width of its input ÷ at base width. start: ± s.d., or the constant. lr, decay: × "
-        f"train.lr={train.lr:g}, × train.weight_decay={train.weight_decay:g} (–: none); "
-        "ε has the factor of lr."
+        "m: width of its input ÷ at base width. start: ± s.d., or the constant. lr, decay, ε: × "
+        f"train.lr={train.lr:g}, × train.weight_decay={train.weight_decay:g} (–: none), × "
+        f"train.eps={train.eps:g}."
     )
     return Group(Text(said), Text(), table, Text(), Text(notes, style="dim"))
 

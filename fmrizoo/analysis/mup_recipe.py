@@ -115,7 +115,10 @@ def width_keys(recipe: Recipe, width: int) -> dict[str, Any]:
 
 
 def at_width(recipe: Recipe, width: int, base: int, parametrization: str | None) -> Recipe:
-    """A small recipe at ``width``; ``parametrization`` (None: its own) with ``base`` as base."""
+    """A small recipe at ``width``; ``parametrization`` (None: its own) with ``base`` as base.
+
+    All widths have one depth, so nothing is scaled by it.
+    """
     made = deepcopy(recipe)
     made.backbone = replace(recipe.backbone, **width_keys(recipe, width))
     name = parametrization or made.parametrization.name
@@ -126,7 +129,8 @@ def at_width(recipe: Recipe, width: int, base: int, parametrization: str | None)
         if hasattr(recipe.backbone, "d_state"):
             start = "stratified"
         keys = width_keys(recipe, base)
-        made.parametrization = replace(recipe.parametrization, name=name, base=keys, ssm_init=start)
+        own = recipe.parametrization
+        made.parametrization = replace(own, name=name, base=keys, ssm_init=start, depth="none")
     return made
 
 

@@ -170,9 +170,7 @@ class Transfer:
         said += f"; the rate of width {self.widths[0]} costs {self.regret:.1%} at most"
         said += f" over {over:g} times the width"
         if self.edges:
-            said += (
-                f"; at width {', '.join(map(str, self.edges))} the best rate is the last one trained"
-            )
+            said += f"; at width {', '.join(map(str, self.edges))} the best rate is the last one trained"
         return said.replace("-", "−")
 
     def as_dict(self) -> dict[str, Any]:

@@ -231,6 +231,15 @@ class LoraLinear(nn.Module):
             self.base_layer.weight.copy_(self._plain)
             self._plain = None
 
+    @torch.no_grad()
+    def scale_output(self, factor: float) -> None:
+        """Multiply weight, bias and what all adapters add by ``factor``."""
+        scale_output(self.base_layer, factor)
+        for up in self.lora_B.values():
+            cast(nn.Linear, up).weight.mul_(factor)
+        if self._plain is not None:
+            self._plain.mul_(factor)
+
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"active={list(self.active)}, merged={self.merged}"
@@ -253,6 +262,25 @@ class LoraLinear(nn.Module):
             raise CheckpointError(
                 f"an encoder with merged adapters cannot be {what}: unmerge them first"
             )
+
+
+@torch.no_grad()
+def scale_output(layer: nn.Module, factor: float) -> None:
+    """Multiply what ``layer`` puts out by ``factor``, in its weights.
+
+    Raises:
+        RecipeError: neither a Linear nor a :class:`LoraLinear`.
+    """
+    if isinstance(layer, LoraLinear):
+        layer.scale_output(factor)
+    elif isinstance(layer, nn.Linear):
+        for parameter in layer.parameters():
+            parameter.mul_(factor)
+    else:
+        raise RecipeError(
+            f"a multiplier can be put into the weights of a Linear or a LoraLinear, not of a "
+            f"{type(layer).__name__}: take adapters of other packages off first"
+        )
 
 
 def check_name(name: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.layers.attention import Windows, attend_windows
+from fmrizoo.layers.lora import scale_output
 from fmrizoo.layers.mlp import MLP
 from fmrizoo.layers.patches import Brain, PatchEmbed, background_value, pad_to, patch_share
 from fmrizoo.layers.plan import neighbours
@@ -158,7 +159,15 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Pre-norm block: ``x += Attn(LN(x))``, ``x += MLP(LN(x))`` with stochastic depth."""
+    """Pre-norm block: ``x += Attn(LN(x))``, ``x += MLP(LN(x))`` with stochastic depth.
+
+    Attributes:
+        multiplies, multiplier: On what both halves add, see
+            :class:`fmrizoo.layers.readout.ScaledLinear`.
+    """
+
+    multiplies: ClassVar[str] = "branch"
+    multiplier: float = 1.0
 
     def __init__(self, width: int, heads: int, config: SwinConfig, drop_path: float) -> None:
         super().__init__()
@@ -209,9 +218,19 @@ class SwinBlock(nn.Module):
             # The reference pads after the norm: padded tokens are zeros that take part unmasked.
             h = h.masked_fill(padding, 0.0)
         attended = self.attn(h, windows, causal, seen)
-        x = x + (attended if paths is None else attended * paths[0])
+        x = self._add(x, attended, None if paths is None else paths[0])
         mixed: Tensor = self.mlp(self.norm2(x))
-        return x + (mixed if paths is None else mixed * paths[1])
+        return self._add(x, mixed, None if paths is None else paths[1])
+
+    def _add(self, x: Tensor, branch: Tensor, path: Tensor | None) -> Tensor:
+        # In the sum itself: a factor of 1 changes no bit, another needs no tensor of its own.
+        return torch.add(x, branch if path is None else branch * path, alpha=self.multiplier)
+
+    def fold_multiplier(self) -> None:
+        """Put ``multiplier`` into the last Linear of both halves; the block computes the same."""
+        for last in (self.attn.proj, self.mlp.linear2):
+            scale_output(last, self.multiplier)
+        self.multiplier = 1.0
 
 
 class PatchMerging(nn.Module):

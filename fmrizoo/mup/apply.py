@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fmrizoo.errors import RecipeError
+from fmrizoo.mup.depth import Depth
 from fmrizoo.mup.rules import Rule
 
 
@@ -28,7 +29,11 @@ class Multipliers:
 
 
 def apply(
-    model: nn.Module, table: Mapping[str, Rule], m: float, given: Multipliers | None = None
+    model: nn.Module,
+    table: Mapping[str, Rule],
+    m: float,
+    given: Multipliers | None = None,
+    depth: Depth | None = None,
 ) -> None:
     """Set the ``multiplier`` of every module that ``multiplies`` something; twice is as once.
 
@@ -39,6 +44,7 @@ def apply(
         table: Rules of its parameters.
         m: Width / base width.
         given: None: all 1.
+        depth: Gives residual branches their multiplier, block by block; None: 1.
 
     Raises:
         RecipeError: a multiplier that the model has no place for.
@@ -58,6 +64,8 @@ def apply(
             rule = table[f"{name}.weight" if name else "weight"]
             module.multiplier = values[kind] if rule.role == "output" else 1.0
             seen.update({kind} if rule.role == "output" else ())
+        elif kind == "branch":
+            module.multiplier = 1.0 if depth is None else depth.branch(name)
         else:
             module.multiplier = values[kind]
             seen.add(kind)

@@ -1,4 +1,4 @@
-"""The backbone section at base width, and what may not differ from the target's."""
+"""The backbone section at base width, its base depth, and what may not differ from the target's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from fmrizoo.config import Recipe
 from fmrizoo.errors import RecipeError
+from fmrizoo.mup.depth import Depth
 
 # Settings that follow the width unless they are given: (property, key to give).
 FOLLOWING = (("states", "d_state"),)
@@ -21,10 +22,11 @@ def check_base(recipe: Recipe) -> None:
     if recipe.parametrization.name != "sp" and recipe.backbone is not None:
         base_backbone(recipe)
         base_backbone(recipe, times=2)
+        base_depth(recipe)
 
 
 def base_backbone(recipe: Recipe, times: int = 1) -> Any:
-    """The recipe's backbone section at ``times`` the base width.
+    """The recipe's backbone section at ``times`` the base width, with its own depth.
 
     Raises:
         RecipeError: not muP, no ``embed_dim`` in the base, a width that is no multiple of it, a key
@@ -82,3 +84,34 @@ def _check_heads(given: dict[str, Any], target: Any, m: int) -> None:
             f"head_dim would change with the width: {m} times the base width needs {m} times its "
             f"heads, so set parametrization.base.num_heads={wanted}, not {list(heads)}"
         )
+
+
+def base_depth(recipe: Recipe) -> Depth | None:
+    """Base depth and depth of the recipe's backbone; None without transfer over depth.
+
+    Raises:
+        RecipeError: a base depth of another kind than the backbone's, with another number of
+            stages, or one that the backbone cannot have.
+    """
+    config, target = recipe.parametrization, recipe.backbone
+    if config.depth == "none":
+        return None
+    key = "depths" if "depths" in config.base else "depth"
+    if not hasattr(target, key):
+        raise RecipeError(
+            f"parametrization.base.{key}: {getattr(target, 'name', type(target).__name__)} has no "
+            "such setting"
+        )
+    base, own = config.base[key], getattr(target, key)
+    if key == "depth":
+        return Depth((base,), (own,))
+    if len(base) != len(own):
+        raise RecipeError(
+            f"parametrization.base.depths={list(base)} needs one number for each of the "
+            f"{len(own)} stages of backbone.depths={list(own)}"
+        )
+    try:
+        replace(target, depths=list(base))
+    except RecipeError as error:
+        raise RecipeError(f"the backbone cannot be built at base depth: {error}") from None
+    return Depth(tuple(base), tuple(own))

@@ -11,17 +11,18 @@ from typing import Any
 
 from torch import nn
 
-from fmrizoo.config import ParametrizationConfig, Recipe
+from fmrizoo.config import BASE_KEYS, DEPTH_KEYS, ParametrizationConfig, Recipe
 from fmrizoo.errors import CheckpointError, RecipeError
 from fmrizoo.mup.apply import Multipliers, apply
-from fmrizoo.mup.base import base_backbone
+from fmrizoo.mup.base import base_backbone, base_depth
+from fmrizoo.mup.depth import Depth
 from fmrizoo.mup.dims import Shapes, infer
 from fmrizoo.mup.init import initialise
 from fmrizoo.mup.rules import Rule, rule_table
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES
 from fmrizoo.types import Backbone, TaskSpec
 
-SCHEMA = 1
+SCHEMA = 2  # 2: with depths
 FILE = "parametrization.json"
 Table = Mapping[str, Rule]
 
@@ -47,7 +48,8 @@ class Parametrization:
 
     Attributes:
         m: Width / base width.
-        base: ``parametrization.base``, with every width that the backbone has.
+        base: ``parametrization.base``: every width that the backbone has, and a base depth.
+        depth: What residual branches are scaled by; None: nothing.
         table: Rule of every parameter by name.
         multipliers: Set on the model.
         weight_decay: How the decay follows the width.
@@ -58,6 +60,7 @@ class Parametrization:
     table: Table
     multipliers: Multipliers
     weight_decay: str
+    depth: Depth | None = None
 
     @property
     def sha256(self) -> str:
@@ -67,6 +70,11 @@ class Parametrization:
 
     def groups(self, model: nn.Module) -> dict[str, Scales]:
         """Factors of every parameter of ``model`` by name, in its order.
+
+        Four different ones at most for what trains together. With a base depth two more for each
+        ratio base depth / depth that is not 1 (matrices and vectors of blocks: their ε differs),
+        and a third where factorized blocks have a join: 6 for one ratio, 12 for four stages of
+        four ratios, 7 and 16 with joins.
 
         Raises:
             RecipeError: the model has a parameter that the table lacks, or the other way round.
@@ -89,7 +97,7 @@ class Parametrization:
         """What differs, one sentence each; rules are compared for parameters that both have."""
         found = [
             f"{key} {getattr(self, key)} ≠ {getattr(other, key)}"
-            for key in ("m", "base", "multipliers", "weight_decay")
+            for key in ("m", "base", "multipliers", "weight_decay", "depth")
             if getattr(self, key) != getattr(other, key)
         ]
         shared = (name for name in self.table if name in other.table)
@@ -107,6 +115,7 @@ class Parametrization:
             "base": dict(self.base),
             "multipliers": asdict(self.multipliers),
             "weight_decay": self.weight_decay,
+            "depth": None if self.depth is None else asdict(self.depth),
             "sha256": self.sha256,
             "table": {name: asdict(rule) for name, rule in self.table.items()},
         }
@@ -130,6 +139,7 @@ class Parametrization:
                 table={name: Rule(**rule) for name, rule in values["table"].items()},
                 multipliers=Multipliers(**values["multipliers"]),
                 weight_decay=str(values["weight_decay"]),
+                depth=None if values["depth"] is None else Depth.of(**values["depth"]),
             )
             said = values["sha256"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -189,7 +199,7 @@ def install(
         ssm_init=config.ssm_init,
         only=is_fresh,
     )
-    apply(model, made.table, made.m, made.multipliers)
+    apply(model, made.table, made.m, made.multipliers, made.depth)
     model.parametrization = made  # type: ignore[assignment]
     return made
 
@@ -229,17 +239,20 @@ def make(
     """
     config: ParametrizationConfig = recipe.parametrization
     dims = infer_dims(recipe, tasks)
-    table = rule_table(dims, overrides, weight_decay=config.weight_decay)
     base = base_backbone(recipe)
     m = recipe.backbone.embed_dim / base.embed_dim
+    depth = base_depth(recipe)
+    table = rule_table(dims, overrides, m=m, weight_decay=config.weight_decay, depth=depth)
     _check_one_m(dims, table, m)
-    widths = {key: getattr(base, key) for key in ("embed_dim", "num_heads") if hasattr(base, key)}
+    sizes = {key: getattr(base, key) for key in BASE_KEYS if hasattr(base, key)}
+    sizes |= {key: config.base[key] for key in DEPTH_KEYS if key in config.base}
     made = Parametrization(
         m=m,
-        base=widths,
+        base=sizes,
         table=table,
         multipliers=Multipliers(config.output_mult, config.input_mult, config.attn_mult),
         weight_decay=config.weight_decay,
+        depth=depth,
     )
     return made, dims
 

@@ -5,11 +5,11 @@ factor m = width / base width. By role of a parameter (σ: its standard deviatio
 learning rate, weight decay and Adam's ε as factors on the recipe's)::
 
     role    axes that grow     σ          rate  decay  ε    such as
-    input   out                σ          1     1      1    patch embedding, position tables,
+    input   out                σ          1     1      1/m  patch embedding, position tables,
                                                             mask token, prompts, conv1d, LoRA's B
     hidden  in (and out)       σ · m^-½   1/m   m      1/m  qkv, MLP, merge, in_proj, LoRA's A
-    output  in                 σ (or 0)   1     1      1    last projections; input × 1/m
-    vector  its only one       σ          1     1      1    biases, gains, dt_bias, A_log, D
+    output  in                 σ (or 0)   1     1      1/m  last projections; input × 1/m
+    vector  its only one       σ          1     1      1/m  biases, gains, dt_bias, A_log, D
     fixed   none               σ          1     1      1    biases of outputs, a head's own width
 
 The decay of the table is ``independent``: rate × decay does not depend on the width (Kosson et al.
@@ -24,6 +24,18 @@ Where the shape alone would be wrong the name decides:
 - Tables of vectors are inputs: each row is what a one-hot vector picks. So are prompts: a row is a
   token's content in the residual stream, as the mask token is, and every entry must move by Θ(1).
 - Mamba's conv1d is a stack of one-channel filters: nothing sums over the width.
+
+ε follows the gradient, which is compared with it. An output layer takes its input × 1/m and has
+weights of constant size, so the gradient of every entry of the residual stream is Θ(1/m), and with
+it that of all that acts on the stream, whatever its role (CompleteP, table 1, agrees). The
+exceptions do not get theirs through the stream (measured, tests/mup/test_eps.py; ``EPS``):
+
+- LoRA's A: the gradient of A x sums B's m columns, which have moved along it, over 1/m each: Θ(1).
+- The complex head's entries and all behind them: nothing there is multiplied by 1/m: Θ(1). Norms
+  before the entries: through weights of m^-½, which sum over the head's own width: m^-½.
+
+With a base depth (:mod:`fmrizoo.mup.depth`) also: ε × base depth / depth of what is in a residual
+branch; learning rates stay, but for what joins factorized blocks on the stream itself.
 """
 
 from __future__ import annotations
@@ -33,6 +45,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fmrizoo.errors import RecipeError
+from fmrizoo.mup.depth import Depth
 from fmrizoo.mup.dims import ParameterDims, Shapes
 
 ROLES = ("input", "hidden", "output", "vector", "fixed")
@@ -120,6 +133,12 @@ KNOWN: tuple[tuple[str, str], ...] = (
     ("head.project.#.weight", "fixed"),
     ("head.project.#.bias", "fixed"),
 )
+# Power of m that the gradient, and so ε, goes with, where it is not −1 (`fixed`: 0).
+EPS: tuple[tuple[str, float], ...] = (
+    ("backbone.*.lora_A.*.weight", 0.0),
+    ("head.inputs.#.weight", 0.0),
+    ("head.norms.#.*", -0.5),
+)
 # What the name may say about a parameter of a shape that by itself would have the role before it.
 READINGS: dict[str, frozenset[str]] = {
     "fixed": frozenset({"fixed"}),
@@ -155,7 +174,9 @@ def rule_table(
     dims: Shapes,
     overrides: Mapping[str, str] | None = None,
     *,
+    m: float,
     weight_decay: str = "independent",
+    depth: Depth | None = None,
 ) -> dict[str, Rule]:
     """The rule of every parameter.
 
@@ -163,7 +184,9 @@ def rule_table(
         dims: From :func:`fmrizoo.mup.dims.infer`. Names begin with ``backbone.``, ``objective.`` or
             ``head.``; any other name is taken for one of a bare backbone.
         overrides: Role by pattern (as in ``KNOWN``); they win over it.
+        m: Width / base width, of every input that grows.
         weight_decay: One of ``WEIGHT_DECAY``.
+        depth: None: every depth is the base's.
 
     Raises:
         RecipeError: a parameter that no pattern names, that two patterns give different roles, or
@@ -173,14 +196,14 @@ def rule_table(
     table = {}
     for name, found in dims.items():
         role = _role(name, found, given)
-        m = found.dims[1].ratio if role == "hidden" else 1.0
-        decay = {"independent": m, "sqrt": m**0.5, "coupled": 1.0}[weight_decay]
+        k = m if role == "hidden" else 1.0
+        decay = {"independent": k, "sqrt": k**0.5, "coupled": 1.0}[weight_decay]
         table[name] = Rule(
             role=role,
-            lr_scale=1 / m,
-            init_scale=m**-0.5,
+            lr_scale=1 / k * (1.0 if depth is None else depth.join(name)),
+            init_scale=k**-0.5,
             wd_scale=decay,
-            eps_scale=1 / m,
+            eps_scale=m ** _eps_power(name, role) * (1.0 if depth is None else depth.branch(name)),
             decay=len(found.dims) >= 2 and not found.marked,
         )
     return table
@@ -191,6 +214,14 @@ def shape_role(found: ParameterDims) -> str | None:
     matrix = len(found.dims) > 1
     roles = {(): "fixed", (0,): "input" if matrix else "vector", (1,): "output", (0, 1): "hidden"}
     return roles.get(found.growing)
+
+
+def _eps_power(name: str, role: str) -> float:
+    """Power of m that the gradient of a parameter goes with."""
+    if role == "fixed":
+        return 0.0
+    full = _full(name)
+    return next((power for pattern, power in _EPS if pattern.fullmatch(full)), -1.0)
 
 
 def _role(name: str, found: ParameterDims, given: list[tuple[re.Pattern[str], str]]) -> str:
@@ -216,9 +247,12 @@ def _role(name: str, found: ParameterDims, given: list[tuple[re.Pattern[str], st
 
 
 def _named(name: str, patterns: Iterable[tuple[re.Pattern[str], str]]) -> set[str]:
-    full = name if name.startswith(("backbone.", "objective.", "head.")) else f"backbone.{name}"
-    plain = full.replace(".base_layer.", ".")  # a Linear under adapters is what it was
+    plain = _full(name).replace(".base_layer.", ".")  # a Linear under adapters is what it was
     return {role for pattern, role in patterns if pattern.fullmatch(plain)}
+
+
+def _full(name: str) -> str:
+    return name if name.startswith(("backbone.", "objective.", "head.")) else f"backbone.{name}"
 
 
 def _compiled(patterns: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
@@ -226,9 +260,13 @@ def _compiled(patterns: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str]
     for glob, role in patterns:
         if role not in ROLES:
             raise RecipeError(f"{role!r} for {glob} is no role of muP: {', '.join(ROLES)}")
-        escaped = re.escape(glob).replace(r"\*", ".+").replace(r"\#", r"\d+")
-        done.append((re.compile(escaped), role))
+        done.append((_regex(glob), role))
     return done
 
 
+def _regex(glob: str) -> re.Pattern[str]:
+    return re.compile(re.escape(glob).replace(r"\*", ".+").replace(r"\#", r"\d+"))
+
+
 _KNOWN = _compiled(KNOWN)
+_EPS = [(_regex(glob), power) for glob, power in EPS]

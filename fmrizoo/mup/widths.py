@@ -14,17 +14,17 @@ FACTORS = (1, 2, 4, 8)
 
 
 def base_keys(recipe: Recipe) -> dict[str, Any]:
-    """``parametrization.base`` of a recipe; its own widths if it has none.
+    """``parametrization.base`` of a recipe with all its widths; its own widths if it has none.
 
     Raises:
         RecipeError: no backbone with a width, or a base that does not fit.
     """
-    backbone = recipe.backbone
+    backbone, found = recipe.backbone, dict[str, Any]()
     if recipe.parametrization.name == "mup":
-        backbone = base_backbone(recipe)
+        backbone, found = base_backbone(recipe), dict(recipe.parametrization.base)
     if backbone is None or not hasattr(backbone, "embed_dim"):
         raise RecipeError("a sweep over widths needs a backbone with an embed_dim")
-    found = {"embed_dim": backbone.embed_dim}
+    found["embed_dim"] = backbone.embed_dim
     if hasattr(backbone, "num_heads"):
         found["num_heads"] = list(backbone.num_heads)
     return found

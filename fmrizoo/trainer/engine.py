@@ -108,7 +108,9 @@ def groups_sentence(groups: Sequence[dict[str, Any]], train: TrainConfig) -> str
     for group in groups:
         size = sum(p.numel() for p in group["params"])
         decay = f"decay {group['weight_decay']:g}" if group["weight_decay"] else "no decay"
-        parts.append(f"{size} at rate × {group['lr'] / train.lr:g}, {decay}")
+        part = f"{size} at rate × {group['lr'] / train.lr:g}, {decay}"
+        eps = group["eps"] / train.eps
+        parts.append(part if eps == 1 else f"{part}, ε × {eps:g}")
     return f"{len(groups)} groups of parameters: {'; '.join(parts)}"
 
 

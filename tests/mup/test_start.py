@@ -183,7 +183,12 @@ def test_stratified_heads_lie_at_even_quantiles_whatever_the_width_and_seed() ->
 
 
 def multipliers(built: nn.Module) -> dict[str, float]:
-    return {n: m.multiplier for n, m in built.named_modules() if hasattr(m, "multiplies")}
+    """But those of residual branches."""
+    return {
+        n: m.multiplier
+        for n, m in built.named_modules()
+        if hasattr(m, "multiplies") and m.multiplies != "branch"
+    }
 
 
 def test_multipliers_go_where_they_belong() -> None:

@@ -105,6 +105,41 @@ def test_groups_are_few_and_follow_the_table() -> None:
                 assert product == pytest.approx(recipe.train.lr * recipe.train.weight_decay)
 
 
+@pytest.mark.parametrize(("mode", "power"), [("independent", 0), ("sqrt", -0.5), ("coupled", -1)])
+def test_weights_shrink_by_rate_times_decay_which_follows_the_mode(mode: str, power: float) -> None:
+    """A real engine step on a loss without gradient: AdamW's update is 0, its decay is all."""
+    lr, decay = 0.01, 0.5
+    init_distributed(World(), torch.device("cpu"))
+    for times in (1, 2, 4):
+        heads = f"backbone.num_heads=[{times},{2 * times}]"
+        more = [f"backbone.embed_dim={8 * times}", heads, f"train.lr={lr}", "train.clip_norm=0",
+                f"train.weight_decay={decay}", "train.batch_size=2",
+                "train.precision=fp32", "parametrization.readout_zero_init=false",
+                f"parametrization.weight_decay={mode}"]  # fmt: skip
+        recipe = recipe_of("swin4d", "simmim", "", *more)
+        torch.manual_seed(0)
+        model = build_model(recipe)
+        rules = model.parametrization.table
+        before = {n: p.detach().clone().double() for n, p in model.named_parameters()}
+        wants = {n: p.requires_grad for n, p in model.named_parameters()}
+        given = model.forward
+        model.forward = lambda batch, given=given: (  # type: ignore[method-assign]
+            given(batch)[0] * 0.0,
+            given(batch)[1],
+        )
+        engine = Engine(model.train(), recipe.train, World(), torch.device("cpu"))
+        engine.accumulate(batch_of(recipe))
+        engine.step(1.0)
+        after = {n: v.double() for n, v in engine.weights() if n in before}
+        engine.close()
+        for name, rule in rules.items():
+            shrunk = 0.0
+            if wants[name] and rule.decay:
+                shrunk = lr * decay * (times**power if rule.role == "hidden" else 1.0)
+            expected = before[name] * (1 - shrunk)
+            torch.testing.assert_close(after[name], expected, rtol=1e-6, atol=1e-8, msg=name)
+
+
 @pytest.fixture(scope="module")
 def trained(sample_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("mup") / "pre"
