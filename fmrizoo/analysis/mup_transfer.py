@@ -170,7 +170,8 @@ class Transfer:
         said += f"; the rate of width {self.widths[0]} costs {self.regret:.1%} at most"
         said += f" over {over:g} times the width"
         if self.edges:
-            said += f"; at width {', '.join(map(str, self.edges))} the best rate is the last one trained"
+            names = ", ".join(map(str, self.edges))
+            said += f"; at width {names} the best rate is the last one trained"
         return said.replace("-", "−")
 
     def as_dict(self) -> dict[str, Any]:
