@@ -3,7 +3,18 @@
 # Importing a module of commands adds them to the program, in the order of its help page.
 from fmrizoo.cli import data, training, models, zoo  # isort: skip
 from fmrizoo.cli import mup, mup_check  # isort: skip
-from fmrizoo.cli import scaling  # isort: skip
+from fmrizoo.cli import scaling, scaling_sweep  # isort: skip
 from fmrizoo.cli.shell import app, main
 
-__all__ = ["app", "data", "main", "models", "mup", "mup_check", "scaling", "training", "zoo"]
+__all__ = [
+    "app",
+    "data",
+    "main",
+    "models",
+    "mup",
+    "mup_check",
+    "scaling",
+    "scaling_sweep",
+    "training",
+    "zoo",
+]
