@@ -14,6 +14,7 @@ from fmrizoo.trainer.accounting import count, megabytes
 if TYPE_CHECKING:
     from fmrizoo.analysis.heads import HeadRow
     from fmrizoo.analysis.memory import MemoryRow
+    from fmrizoo.analysis.mup_transfer import Transfer
     from fmrizoo.config import TrainConfig
     from fmrizoo.evaluate.results import Result
     from fmrizoo.evaluate.summary import Row
@@ -186,3 +187,20 @@ def mup_table(
         "ε has the factor of lr."
     )
     return Group(Text(said), Text(), table, Text(), Text(notes, style="dim"))
+
+
+def transfer_table(found: Transfer) -> Table:
+    """Best learning rate and what the base width's costs, a line per width."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column(found.name, justify="right")
+    for name in ("best rate", f"{found.which} loss", "at the base's rate", "regret"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found.rows:
+        table.add_row(
+            str(row.width),
+            f"2^{row.log2:.2f}{' (edge)' if row.edge else ''}".replace("-", "−"),
+            f"{row.loss:.4f}",
+            f"{row.at_base_rate:.4f}",
+            f"{row.regret:.1%}",
+        )
+    return table

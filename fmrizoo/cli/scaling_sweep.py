@@ -10,7 +10,19 @@ import typer
 from rich.table import Table
 
 from fmrizoo.cli.scaling import save_law, scaling, show_law
-from fmrizoo.cli.shell import INTERRUPTED, Out, Overrides, RecipeName, err, out, progress
+from fmrizoo.cli.shell import (
+    INTERRUPTED,
+    Jobs,
+    KeepModels,
+    Out,
+    Overrides,
+    Part,
+    RecipeName,
+    err,
+    numbered_part,
+    out,
+    progress,
+)
 
 if TYPE_CHECKING:
     from fmrizoo.analysis.scaling.outcome import Outcome as Fitted
@@ -22,14 +34,9 @@ def sweep(
     overrides: Overrides = None,
     *,
     folder: Out,
-    jobs: Annotated[int, typer.Option(min=1, help="Trainings side by side.")] = 1,
-    part: Annotated[
-        str | None,
-        typer.Option(help="K/N: train only this share (job arrays).", show_default=False),
-    ] = None,
-    keep_models: Annotated[
-        bool, typer.Option("--keep-models", help="Keep every checkpoint and model.")
-    ] = False,
+    jobs: Jobs = 1,
+    part: Part = None,
+    keep_models: KeepModels = False,
     unit: Annotated[str, typer.Option(help="What D counts: clips or tokens.")] = "clips",
     only_points: Annotated[
         bool, typer.Option("--only-points", help="Write points.csv and fit nothing.")
@@ -44,7 +51,7 @@ def sweep(
     from fmrizoo.pipeline.sweep import part_of, read_outcome, run_jobs
 
     check_unit(unit)
-    share = None if part is None else _share(part)
+    share = numbered_part(part)
     given = overrides or []
     variants, planned = plan(recipe, given)
     every = [one.job for one in planned]
@@ -84,15 +91,6 @@ def sweep(
         _say("nothing is left to train: run the command without --part to fit")
     elif not only_points:
         _fit(paths, unit)
-
-
-def _share(text: str) -> tuple[int, int]:
-    from fmrizoo.errors import RecipeError
-
-    number, _, parts = text.partition("/")
-    if not (number.isdecimal() and parts.isdecimal()):
-        raise RecipeError(f"--part takes K/N, such as 1/4, got {text!r}")
-    return int(number), int(parts)
 
 
 def _is_main() -> bool:

@@ -47,6 +47,29 @@ EveryFold = Annotated[
 ]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs with as many consecutive seeds.")]
 
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Models trained side by side.")]
+Part = Annotated[
+    str | None,
+    typer.Option(help="K/N: only every N-th training from the K-th on.", show_default=False),
+]
+KeepModels = Annotated[bool, typer.Option("--keep-models", help="Keep checkpoints and models.")]
+
+
+def numbered_part(text: str | None) -> tuple[int, int] | None:
+    """``2/8`` → (2, 8).
+
+    Raises:
+        RecipeError: no two whole numbers, or no such part.
+    """
+    from fmrizoo.errors import RecipeError
+
+    if text is None:
+        return None
+    number, _, parts = text.partition("/")
+    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+        raise RecipeError(f"--part takes K/N with 1 ≤ K ≤ N, such as 2/8, got {text!r}")
+    return int(number), int(parts)
+
 
 def main() -> None:
     """Entry point: errors made for users are one message and exit code 1."""
