@@ -41,6 +41,7 @@ def sweep(
     only_points: Annotated[
         bool, typer.Option("--only-points", help="Write points.csv and fit nothing.")
     ] = False,
+    draws: Annotated[int, typer.Option(min=50, help="Bootstrap replicates.")] = 400,
 ) -> None:
     """Train models of several sizes on several amounts of data, and fit the law of their losses.
 
@@ -90,7 +91,7 @@ def sweep(
     if share is not None and not only_points:
         _say("nothing is left to train: run the command without --part to fit")
     elif not only_points:
-        _fit(paths, unit)
+        _fit(paths, unit, draws)
 
 
 def _is_main() -> bool:
@@ -113,7 +114,7 @@ def _told(path: Path, trained: int, diverged: Sequence[str]) -> None:
         _say(f"  {one}")
 
 
-def _fit(paths: Mapping[str, Path], unit: str) -> None:
+def _fit(paths: Mapping[str, Path], unit: str, draws: int) -> None:
     """One law per variant, with its files; then all side by side.
 
     Raises:
@@ -130,6 +131,7 @@ def _fit(paths: Mapping[str, Path], unit: str) -> None:
                 fitted = analyse(
                     read_points(path),
                     unit=unit,
+                    draws=draws,
                     progress=lambda done, total, u=update: u(done, total, ""),  # type: ignore[misc]
                 )
         except DataError as error:
