@@ -291,8 +291,9 @@ def test_parts_together_are_the_whole(cli: Run, store: str, trainer: Trainer) ->
 
 def test_variants_side_by_side(cli: Run, store: str, trainer: Trainer) -> None:
     """One variant is too small for a law; that alone is no error."""
-    variants = "sweep.variants={one: ['data.select={acquisition: 1slice, run: 1|2|3}', 'sweep.widths=[16,32]'], "  # noqa: E501
-    variants += "several: ['data.select={acquisition: 1slice}']}"
+    one = "['data.select={acquisition: 1slice, run: 1|2|3}', 'sweep.widths=[16,32]']"
+    several = "['data.select={acquisition: 1slice}']"
+    variants = f"sweep.variants={{one: {one}, several: {several}}}"
     done = cli(RECIPE, store, *WIDE, variants, "--out", "law", *FEW)
     assert done.exit_code == 0
     assert len(trainer.trained) == 2 * 3 * 2 + 3 * 3 * 2
