@@ -336,6 +336,17 @@ def test_tables_say_where_exponents_differ() -> None:
     assert "overlap: these points show no difference" in by_pair["beta of a", "c"]
 
 
+def test_a_law_that_does_not_hold_is_compared_with_none() -> None:
+    """A sudden fall, as of short trainings, is no sum of powers."""
+    n, d = (a.ravel() for a in np.meshgrid(np.geomspace(1e5, 1e8, 4), np.geomspace(1e2, 1e4, 4)))
+    n, d, sign = np.tile(n, 2), np.tile(d, 2), np.repeat([1, -1], 16)
+    loss = (0.06 + 0.6 / (1 + (d / 500) ** 4)) * (1 + 0.002 * sign) * n**-0.02
+    found = {"a": analyse(law_of(0.3, 0), draws=50), "b": analyse(Points(loss, n, d), draws=50)}
+    (said,) = sentences(found)
+    assert said.startswith("b: no law that holds: residuals are ")
+    assert rows(found)[1][1][1] == "32 (law does not hold)"
+
+
 def test_a_real_sweep_on_the_sample(cli: Run, store: str) -> None:
     """Four short trainings; four points carry no law, and that is said in one sentence."""
     given = [RECIPE, store, "sweep.widths=[16,32]", "sweep.samples=[16,32]", "sweep.seeds=1"]

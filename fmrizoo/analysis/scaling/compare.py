@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
+from fmrizoo.analysis.scaling.bootstrap import misfit
 from fmrizoo.analysis.scaling.law import NAMES
 from fmrizoo.analysis.scaling.outcome import Outcome
 
@@ -36,13 +37,37 @@ def _row(name: str, one: Outcome | str, names: Sequence[str]) -> list[str]:
         f"{constants[n]:.3g} ({edges[n].low:.3g} to {edges[n].high:.3g})" if n in constants else ""
         for n in names
     ]
-    return [name, str(len(one.fit.points)), *cells]
+    mark = " (law does not hold)" if doubts(one) else ""
+    return [name, f"{len(one.fit.points)}{mark}", *cells]
+
+
+def doubts(one: Outcome) -> list[str]:
+    """Why the estimates of a fit must not be used; empty where they may be."""
+    said = []
+    ratio = misfit(one.fit, one.intervals.noise)
+    if ratio is not None:
+        said.append(f"residuals are {ratio:.1f} times the noise")
+    if one.fit.at_bound:
+        said.append(f"{', '.join(one.fit.at_bound)} ended at the edge of what is searched")
+    if not one.fit.converged:
+        said.append("the fit did not converge")
+    return said
 
 
 def sentences(found: Found) -> list[str]:
-    """For every two sets and exponent, whether the intervals overlap; and every refusal."""
-    said = [f"{name}: no law: {one}" for name, one in found.items() if isinstance(one, str)]
-    laws = {name: one for name, one in found.items() if isinstance(one, Outcome)}
+    """For every two sound laws and exponent, whether the intervals overlap; before, why not.
+
+    A fit that does not describe its points has intervals too, and they mean nothing: it is named
+    with the reason and compared with none.
+    """
+    said, laws = [], {}
+    for name, law in found.items():
+        if isinstance(law, str):
+            said.append(f"{name}: no law: {law}")
+        elif reasons := doubts(law):
+            said.append(f"{name}: no law that holds: {'; '.join(reasons)}")
+        else:
+            laws[name] = law
     for first, second in combinations(laws, 2):
         for exponent in EXPONENTS:
             one, two = (laws[name].intervals.of.get(exponent) for name in (first, second))
