@@ -77,7 +77,9 @@ class DataConfig:
     """Which store is read and how clips are cut from its runs."""
 
     store: str = ""  # folder that `fmrizoo prepare` wrote
-    select: dict[str, str] = field(default_factory=dict)  # BIDS entities to keep
+    select: dict[str, str] = field(
+        default_factory=dict
+    )  # BIDS entities to keep, {task: rest}; one of several values: {run: 1|2|3}
     clip_frames: int = 20  # frames in a clip (the source's SL)
     frame_stride: int = 1  # frames between two frames of a clip (SWS)
     clip_stride: float = 1.0  # clip starts, as a share of the clip's span; 0.5 = half overlap (SBS)

@@ -3,7 +3,7 @@
 # Importing a module of commands adds them to the program, in the order of its help page.
 from fmrizoo.cli import data, training, models, zoo  # isort: skip
 from fmrizoo.cli import mup, mup_check, mup_transfer  # isort: skip
-from fmrizoo.cli import scaling  # isort: skip
+from fmrizoo.cli import scaling, scaling_sweep  # isort: skip
 from fmrizoo.cli.shell import app, main
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "mup_check",
     "mup_transfer",
     "scaling",
+    "scaling_sweep",
     "training",
     "zoo",
 ]

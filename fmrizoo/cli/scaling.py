@@ -1,4 +1,4 @@
-"""Commands about scaling laws: scaling fit."""
+"""Commands about scaling laws: scaling fit (scaling sweep has a file of its own)."""
 
 from __future__ import annotations
 
@@ -49,11 +49,8 @@ def fit(
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Fit a scaling law to losses of trained models → table, scaling.json, scaling.svg."""
-    import json
-
-    from fmrizoo.analysis.scaling.outcome import analyse, to_json
+    from fmrizoo.analysis.scaling.outcome import analyse
     from fmrizoo.analysis.scaling.points import read_points
-    from fmrizoo.files import write_atomic
 
     form = _form(law)
     found = read_points(points, form)
@@ -68,10 +65,20 @@ def fit(
             seed=seed,
             progress=lambda done, total: update(done, total, ""),
         )
+    show_law(outcome)
+    save_law(outcome, folder)
+
+
+def save_law(outcome: Outcome, folder: Path) -> None:
+    """``scaling.json`` and ``scaling.svg``."""
+    import json
+
+    from fmrizoo.analysis.scaling.outcome import to_json
+    from fmrizoo.files import write_atomic
+
     content = json.dumps(to_json(outcome), indent=2, allow_nan=False) + "\n"
     write_atomic(folder / "scaling.json", content.encode())
     write_atomic(folder / "scaling.svg", _svg(outcome))
-    _show(outcome)
     out.print(
         f"wrote {folder / 'scaling.json'} and {folder / 'scaling.svg'}",
         soft_wrap=True,
@@ -133,7 +140,8 @@ def _svg(outcome: Outcome) -> bytes:
     return content.getvalue()
 
 
-def _show(outcome: Outcome) -> None:
+def show_law(outcome: Outcome) -> None:
+    """Estimates with intervals, reach, prediction and what was assumed."""
     from fmrizoo.analysis.scaling.law import FORMULAS
     from fmrizoo.analysis.scaling.outcome import extrapolation_lines
 

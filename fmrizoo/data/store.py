@@ -96,7 +96,9 @@ class RunInfo:
 
 
 def matches(key: RunKey, select: Mapping[str, str]) -> bool:
-    """Whether every entity of ``select`` has its value; ``1`` and ``01`` are the same number.
+    """Whether every entity of ``select`` has its value, or one of several: ``{run: 1|2|3}``.
+
+    ``1`` and ``01`` are the same number.
 
     Raises:
         DataError: a key that is no BIDS entity.
@@ -109,11 +111,17 @@ def matches(key: RunKey, select: Mapping[str, str]) -> bool:
                 f"select.{name} is not a BIDS entity.{suggest(name, [*_ENTITIES, *_OTHER])}"
             )
         value = getattr(key, name) if name in _ENTITIES else extra.get(name, "")
-        wanted = str(wanted).removeprefix("sub-") if name == "subject" else str(wanted)
-        same_number = value.isdigit() and wanted.isdigit() and int(value) == int(wanted)
-        if value != wanted and not same_number:
+        words = [word.strip() for word in str(wanted).split("|")]
+        if name == "subject":
+            words = [word.removeprefix("sub-") for word in words]
+        if not any(_same(value, word) for word in words):
             return False
     return True
+
+
+def _same(value: str, wanted: str) -> bool:
+    numbers = value.isdigit() and wanted.isdigit()
+    return int(value) == int(wanted) if numbers else value == wanted
 
 
 def index_checksum(body: Mapping[str, Any]) -> str:

@@ -10,7 +10,9 @@ import pytest
 from fmrizoo.config import PrepareConfig
 from fmrizoo.data.bids import find_runs, parse_name
 from fmrizoo.data.sample import resolve_source, sample_path
+from fmrizoo.data.store import matches
 from fmrizoo.errors import DataError
+from fmrizoo.types import RunKey
 
 NATIVE = PrepareConfig(space="native")
 
@@ -98,6 +100,24 @@ def test_selection(tmp_path: Path) -> None:
         find_runs(tmp_path, PrepareConfig(space="native", select={"task": "b"}))
     with pytest.raises(DataError, match="not a BIDS entity"):
         find_runs(tmp_path, PrepareConfig(space="native", select={"tsk": "a"}))
+
+
+@pytest.mark.parametrize(
+    ("select", "fits"),
+    [
+        ({"run": "1|2"}, True),
+        ({"run": "2 | 01"}, True),
+        ({"run": "2|3"}, False),
+        ({"run": "12"}, False),
+        ({"run": ""}, False),
+        ({"sub": "sub-9|sub-7"}, True),
+        ({"sub": "07"}, True),
+        ({"task": "rest|a", "run": "1"}, True),
+        ({"task": "rest|a", "run": "2"}, False),
+    ],
+)
+def test_one_of_several_values_is_enough(select: dict[str, str], fits: bool) -> None:
+    assert matches(RunKey("7", task="a", run="01"), select) is fits
 
 
 def test_nothing_there_says_what_was_looked_for(tmp_path: Path) -> None:

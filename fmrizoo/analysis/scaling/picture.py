@@ -1,4 +1,4 @@
-"""Figures of a fit: the law through its points, its residuals, parabolas per compute budget."""
+"""Figures of a fit: law and points, residuals, loss against compute, parabolas per budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from fmrizoo.analysis.scaling.bootstrap import Intervals
 from fmrizoo.analysis.scaling.fit import Fit
-from fmrizoo.analysis.scaling.isoflop import IsoFlop
+from fmrizoo.analysis.scaling.isoflop import IsoFlop, pf_days
 from fmrizoo.analysis.scaling.law import Array, effective_data
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ def draw(
 ) -> Figure:
     """The figure of a fit.
 
+    Loss against compute is a panel where the points have a column ``flops`` (6·N·D would only be
+    another name for D).
+
     Args:
         fit: The law and its points.
         found: Its intervals (floor and noise are shown).
@@ -44,14 +47,17 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    lines = 2 if parabolas else 1
+    compute = fit.points.flops is not None
+    lines = 1 + compute + bool(parabolas)
     figure = Figure(figsize=(width, 3.3 * lines), layout="constrained")
     grid = figure.add_gridspec(lines, 2, width_ratios=(1.6, 1.0))
     _law(figure.add_subplot(grid[0, 0]), fit, found, unit, ink)
     _residuals(figure.add_subplot(grid[0, 1]), fit, found, ink)
+    if compute:
+        _compute(figure.add_subplot(grid[1, :]), fit, ink)
     if parabolas:
-        _parabolas(figure.add_subplot(grid[1, 0]), parabolas, ink)
-        _budget(figure.add_subplot(grid[1, 1]), parabolas, ink)
+        _parabolas(figure.add_subplot(grid[-1, 0]), parabolas, ink)
+        _budget(figure.add_subplot(grid[-1, 1]), parabolas, ink)
     for axes in figure.axes:
         axes.grid(axis="y", color=ink.rule, lw=0.6)
         axes.set_axisbelow(True)
@@ -137,7 +143,7 @@ def _key(axes: Any, values: Array, shades: list[Any], letter: str, unit: str) ->
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=shade, lw=1.8, label=f"{value:.3g}")
+        Line2D([], [], color=shade, lw=1.8, label=_short(value))
         for value, shade in zip(values, shades, strict=True)
     ]
     axes.legend(
@@ -152,6 +158,14 @@ def _key(axes: Any, values: Array, shades: list[Any], letter: str, unit: str) ->
     )
 
 
+def _short(value: float) -> str:
+    """``42.5K``, ``2.35M``; whole numbers below 10000 as they are."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= size and not (size == 1e3 and value < 1e4):
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.4g}"
+
+
 def _residuals(axes: Any, fit: Fit, found: Intervals, ink: Ink) -> None:
     predicted = fit.points.loss * np.exp(-fit.residuals)
     noise = 100 * found.noise.typical
@@ -163,6 +177,34 @@ def _residuals(axes: Any, fit: Fit, found: Intervals, ink: Ink) -> None:
     axes.set_xlabel("predicted loss")
     axes.set_ylabel("residual, %")
     axes.set_title("Residuals (band: noise)")
+
+
+def _compute(axes: Any, fit: Fit, ink: Ink) -> None:
+    """Loss against the column ``flops``, one line through the means of the seeds per size."""
+    points = fit.points
+    assert points.flops is not None
+    days = np.array([pf_days(flops) for flops in points.flops])
+    sizes = np.ones(len(points)) if points.n is None else points.n
+    values = np.unique(sizes)
+    named = np.unique(np.linspace(0, len(values) - 1, min(len(values), _NAMED)).astype(int))
+    shades = _shades(ink.other, len(values))
+    for i, (value, shade) in enumerate(zip(values, shades, strict=True)):
+        rows = sizes == value
+        label = _short(value) if i in named and len(values) > 1 else None
+        axes.plot(days[rows], points.loss[rows], ls="", marker="o", ms=4, color=shade, mew=0)
+        axes.plot(*_means(days[rows], points.loss[rows]), color=shade, lw=1.5, label=label)
+    axes.set_xscale("log")
+    axes.set_xlabel("compute, PF-days")
+    axes.set_ylabel("loss")
+    axes.set_title("Loss and compute")
+    if len(values) > 1:
+        axes.legend(title="N, parameters", fontsize=8, title_fontsize=8, loc="upper right", ncols=2)
+
+
+def _means(x: Array, y: Array) -> tuple[Array, Array]:
+    """Different values of ``x``, rising, and the mean ``y`` at each."""
+    at, place = np.unique(x, return_inverse=True)
+    return at, np.bincount(place, y) / np.bincount(place)
 
 
 def _parabolas(axes: Any, parabolas: list[IsoFlop], ink: Ink) -> None:
