@@ -6,15 +6,16 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fmrizoo.config import ParametrizationConfig, Recipe
 from fmrizoo.errors import CheckpointError, RecipeError
-from fmrizoo.mup.apply import Multipliers, apply
-from fmrizoo.mup.base import base_backbone
+from fmrizoo.mup.apply import Multipliers, apply, attention_factors
+from fmrizoo.mup.base import base_backbone, resized_heads
 from fmrizoo.mup.dims import Shapes, infer
 from fmrizoo.mup.init import initialise
 from fmrizoo.mup.rules import Rule, rule_table
@@ -51,6 +52,8 @@ class Parametrization:
         table: Rule of every parameter by name.
         multipliers: Set on the model.
         weight_decay: How the decay follows the width.
+        attention: Factors on the logits of heads of another size than at base width, by name of
+            their module in the encoder (:func:`fmrizoo.mup.apply.attention_factors`).
     """
 
     m: float
@@ -58,6 +61,7 @@ class Parametrization:
     table: Table
     multipliers: Multipliers
     weight_decay: str
+    attention: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -92,6 +96,8 @@ class Parametrization:
             for key in ("m", "base", "multipliers", "weight_decay")
             if getattr(self, key) != getattr(other, key)
         ]
+        if self.attention != other.attention:
+            found.append(f"{_heads_said(self.attention)} ≠ {_heads_said(other.attention)}")
         shared = (name for name in self.table if name in other.table)
         changed = [name for name in shared if self.table[name] != other.table[name]]
         if changed:
@@ -107,6 +113,7 @@ class Parametrization:
             "base": dict(self.base),
             "multipliers": asdict(self.multipliers),
             "weight_decay": self.weight_decay,
+            "attention": dict(self.attention),
             "sha256": self.sha256,
             "table": {name: asdict(rule) for name, rule in self.table.items()},
         }
@@ -130,6 +137,7 @@ class Parametrization:
                 table={name: Rule(**rule) for name, rule in values["table"].items()},
                 multipliers=Multipliers(**values["multipliers"]),
                 weight_decay=str(values["weight_decay"]),
+                attention={n: float(v) for n, v in values.get("attention", {}).items()},
             )
             said = values["sha256"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -139,6 +147,11 @@ class Parametrization:
                 f"{FILE} was changed: its table does not have the SHA-256 it states"
             )
         return made
+
+
+def _heads_said(attention: Mapping[str, float]) -> str:
+    factors = ", ".join(f"{value:.4g}" for value in dict.fromkeys(attention.values()))
+    return f"attention factors {factors or '1'}"
 
 
 def parametrize(recipe: Recipe, model: nn.Module) -> Parametrization:
@@ -189,7 +202,7 @@ def install(
         ssm_init=config.ssm_init,
         only=is_fresh,
     )
-    apply(model, made.table, made.m, made.multipliers)
+    apply(model, made.table, made.m, made.multipliers, made.attention)
     model.parametrization = made  # type: ignore[assignment]
     return made
 
@@ -240,8 +253,18 @@ def make(
         table=table,
         multipliers=Multipliers(config.output_mult, config.input_mult, config.attn_mult),
         weight_decay=config.weight_decay,
+        attention=_attention(recipe, base),
     )
     return made, dims
+
+
+def _attention(recipe: Recipe, base: Any) -> dict[str, float]:
+    narrow = resized_heads(recipe, base)
+    if narrow is None:
+        return {}
+    with torch.device("meta"):
+        encoders = [BACKBONES.build(config) for config in (narrow, recipe.backbone)]
+    return attention_factors(*encoders)
 
 
 def _parametrize(recipe: Recipe, model: nn.Module) -> tuple[Parametrization, Shapes]:

@@ -75,7 +75,7 @@ def check_encoder(folder: Path, backbone: nn.Module) -> None:
     own: Parametrization | None = getattr(backbone, "parametrization", None)
     if stored is None and own is None:
         return
-    facts = [None if p is None else (p.m, dict(p.base), p.multipliers) for p in (stored, own)]
+    facts = [None if p is None else (p.m, dict(p.base), p.multipliers, dict(p.attention)) for p in (stored, own)]
     if facts[0] != facts[1]:
         had, has = ("sp" if f is None else f"mup (m, base, multipliers: {f})" for f in facts)
         raise CheckpointError(
