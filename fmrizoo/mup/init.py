@@ -10,6 +10,7 @@ from torch import nn
 
 from fmrizoo.errors import RecipeError
 from fmrizoo.mup.dims import Shapes
+from fmrizoo.mup.partition import gathered
 from fmrizoo.mup.rules import Rule
 
 SSM_INIT = ("random", "stratified")
@@ -70,10 +71,12 @@ def initialise(
     for name, parameter in model.named_parameters():
         if not only(name) or parameter.is_meta:
             continue
+        factor = init_factor(dims[name].spread, table[name])
         if table[name].role == "output" and readout_zero_init:
-            parameter.zero_()
-        elif (factor := init_factor(dims[name].spread, table[name])) != 1.0:
-            parameter.mul_(factor)
+            factor = 0.0
+        if factor != 1.0:
+            with gathered([parameter]):
+                parameter.mul_(factor) if factor else parameter.zero_()
     if ssm_init == "stratified":
         _stratify(model, only)
 
@@ -84,7 +87,8 @@ def _stratify(model: nn.Module, only: Callable[[str], bool]) -> None:
         if callable(place := getattr(module, "init_stratified", None)):
             found = True
             if only(f"{name}.A_log"):
-                place()
+                with gathered(module.parameters(recurse=False)):
+                    place()
     if not found:
         raise RecipeError(
             "parametrization.ssm_init=stratified is for models with Mamba mixers: take random"

@@ -18,6 +18,7 @@ from fmrizoo.mup.apply import Multipliers, apply, attention_factors
 from fmrizoo.mup.base import base_backbone, resized_heads
 from fmrizoo.mup.dims import Shapes, infer
 from fmrizoo.mup.init import initialise
+from fmrizoo.mup.partition import whole_modules
 from fmrizoo.mup.rules import Rule, rule_table
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES
 from fmrizoo.types import Backbone, TaskSpec
@@ -262,7 +263,7 @@ def _attention(recipe: Recipe, base: Any) -> dict[str, float]:
     narrow = resized_heads(recipe, base)
     if narrow is None:
         return {}
-    with torch.device("meta"):
+    with whole_modules(), torch.device("meta"):
         encoders = [BACKBONES.build(config) for config in (narrow, recipe.backbone)]
     return attention_factors(*encoders)
 
