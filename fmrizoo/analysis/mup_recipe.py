@@ -139,9 +139,7 @@ def width_keys(recipe: Recipe, width: int, heads_at: int | None = None) -> dict[
     stages = range(len(backbone.depths))
     return {
         "embed_dim": width,
-        "num_heads": [
-            every * backbone.c_mult**stage // channels for stage in stages
-        ],
+        "num_heads": [every * backbone.c_mult**stage // channels for stage in stages],
     }
 
 

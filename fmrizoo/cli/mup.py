@@ -49,7 +49,7 @@ def explain(
         out.print_json(json.dumps({**made.to_dict(), "table": [asdict(row) for row in rows]}))
     else:
         shown = rows if every else collapse(rows)
-        out.print(screens.mup_table(made, shown, len(rows), composed.train))
+        out.print(screens.mup_table(made, shown, len(rows), composed.train, out.width))
 
 
 @mup.command()

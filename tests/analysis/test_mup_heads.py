@@ -97,9 +97,7 @@ def test_what_growing_heads_learn_stays_alike(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MOST)
-def test_the_usual_scale_lets_their_logits_grow(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_usual_scale_lets_their_logits_grow(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plainly(monkeypatch)
     found = check(name, (1, 2, 8))
     assert [v.module for v in found.failed] == ["attn.logits"], found.says

@@ -92,7 +92,12 @@ def test_the_step_after_a_resume_is_the_uninterrupted_runs(
     name: str, objective: str, stage: int, sample_store: Path, tmp_path: Path, seen: Seen
 ) -> None:
     """Rates to 1e-12; the change of every parameter within 1e-6 (of the largest change)."""
-    more = [f"train.zero_stage={stage}", f"train.steps={STEPS}", "train.warmup=0.6", "train.lr=1e-3"]
+    more = [
+        f"train.zero_stage={stage}",
+        f"train.steps={STEPS}",
+        "train.warmup=0.6",
+        "train.lr=1e-3",
+    ]
     recipe = recipe_of(name, objective, sample_store, *more)
     pipeline.pretrain(recipe, tmp_path / "whole")
     whole = Seen(list(seen.rates), list(seen.weights))
