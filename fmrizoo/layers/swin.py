@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import repeat
 from math import ceil
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,13 +153,13 @@ class WindowAttention(nn.Module):
         Queries are the first third of the outputs of ``qkv``: of its weight and bias, and of every
         adapter's B. Rotary positions are linear, and prompts have no query.
         """
-        wrapped = isinstance(self.qkv, LoraLinear)
-        if wrapped and self.qkv.merged:
-            raise RecipeError("the adapters are merged into the weights: unmerge them first")
-        base = self.qkv.base_layer if wrapped else self.qkv
-        parts = [base.weight] if base.bias is None else [base.weight, base.bias]
-        if wrapped:
-            parts += [layer.weight for layer in self.qkv.lora_B.values()]
+        base, parts = cast(nn.Linear | LoraLinear, self.qkv), list[Tensor]()
+        if isinstance(base, LoraLinear):
+            if base.merged:
+                raise RecipeError("the adapters are merged into the weights: unmerge them first")
+            parts += [cast(Tensor, layer.weight) for layer in base.lora_B.values()]
+            base = base.base_layer
+        parts += [base.weight] if base.bias is None else [base.weight, base.bias]
         for part in parts:
             part[: len(part) // 3].mul_(self.multiplier)
         self.multiplier = 1.0

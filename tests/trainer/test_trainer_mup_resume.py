@@ -69,8 +69,8 @@ def wanted(recipe: Recipe, step: int) -> list[float]:
     train = recipe.train
     part = factor(step, train.steps, train.warmup, train.min_lr_ratio)
     model = build_model(recipe)
-    scales = {p: s.lr_scale for (_, p), s in zip(
-        model.named_parameters(), model.parametrization.groups(model).values(), strict=True)}  # fmt: skip
+    rules = model.parametrization.groups(model)
+    scales = {parameter: rules[name].lr_scale for name, parameter in model.named_parameters()}
     found = []
     for group in param_groups(model, train):
         (scale,) = {scales[p] for p in group["params"]}
