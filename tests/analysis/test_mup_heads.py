@@ -107,7 +107,7 @@ def test_the_usual_scale_lets_their_logits_grow(name: str, monkeypatch: pytest.M
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_four_widths(name: str) -> None:
-    found = check(name, (1, 2, 4, 8))
+    found = check(name, (1, 2, 4, 8), seeds=4)  # two leave ±0.02 of chance in the logits
     assert found.passed, found.says
 
 
