@@ -42,6 +42,7 @@ class ParametrizationConfig:
         default_factory=dict
     )  # the backbone at base size: {embed_dim: 36, num_heads: [3, 6, 12, 24]}, completep: + depths
     readout_zero_init: bool = True  # mup: output layers start with zero weights
+    query_zero_init: bool = False  # mup: queries start at zero; for heads that grow in size
     ssm_init: str = "random"  # mup, Mamba's steps and decay rates: random | stratified (placed)
     output_mult: float = 1.0  # mup: on the input of output layers, beside base width / width
     input_mult: float = 1.0  # mup: on the voxels that are embedded

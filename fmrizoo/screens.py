@@ -155,42 +155,81 @@ def memory(rows: Sequence[MemoryRow]) -> Table:
 
 
 def mup_table(
-    made: Parametrization, rows: Sequence[RuleRow], parameters: int, train: TrainConfig
+    made: Parametrization,
+    rows: Sequence[RuleRow],
+    parameters: int,
+    train: TrainConfig,
+    width: int = 120,
 ) -> Group:
-    """How parameters start and learn: a line each, or for several alike."""
+    """How parameters start and learn: a line each, or for several alike.
+
+    On pages of less than 100 columns there is no m, which the role says too.
+    """
+    columns = ["", "role", "shape", "m", "start", "lr", "decay", "ε"]
+    lines = [dict(zip(columns, _rule_cells(row), strict=True)) for row in rows]
+    if width < 100:
+        columns.remove("m")
+    taken = sum(2 + max(len(c), *(len(line[c]) for line in lines)) for c in columns)
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column("parameter", overflow="fold", ratio=1)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("role", no_wrap=True)
-    for name in ("shape", "m", "start", "lr", "decay", "ε"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        start = f"{row.init_mean:.2g}" if not row.init_std else f"± {row.init_std:.2g}"
-        table.add_row(
-            row.name,
-            f"×{row.count}" if row.count > 1 else "",
-            row.role,
-            "×".join(map(str, row.shape)),
-            f"{row.m:g}",
-            start,
-            f"{row.lr:.4g}",
-            f"{row.wd:.4g}" if row.wd else "–",
-            f"{row.eps:.4g}",
-        )
+    table.add_column("parameter", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="left" if name == "role" else "right", no_wrap=True)
+    part = ""
+    for row, line in zip(rows, lines, strict=True):
+        above, _, name = row.name.partition(".")
+        if above in ("backbone", "objective", "head"):
+            if above != part:
+                table.add_row(Text(above, style="bold"))
+            part = above
+        else:
+            name = row.name
+        *first, last = _at_dots(name, width - taken)
+        for piece in first:
+            table.add_row(piece)
+        table.add_row(last, *(line[column] for column in columns))
     base = ", ".join(f"{key}={value}" for key, value in made.base.items())
     factors = made.multipliers
     said = f"muP: {made.m:g} times the base width ({base}). {parameters} parameters. "
     said += f"Multipliers: output {factors.output / made.m:.4g}, input {factors.input:g}, "
     said += f"attention {factors.attention:g}"
+    if made.attention:
+        sizes = ", ".join(f"{value:.4g}" for value in dict.fromkeys(made.attention.values()))
+        said += f" × {sizes} (√ of base head_dim ÷ head_dim)"
     if made.depth is not None:
         said += f", residual branches {', '.join(f'{ratio:.4g}' for ratio in made.depth.ratios)}"
     said += f". Table {made.sha256[:12]}."
-    notes = (
-        "m: width of its input ÷ at base width. start: ± s.d., or the constant. lr, decay, ε: × "
+    notes = "m: width of its input ÷ at base width. " if "m" in columns else ""
+    notes += (
+        "start: ± s.d., or the constant. lr, decay, ε: × "
         f"train.lr={train.lr:g}, × train.weight_decay={train.weight_decay:g} (–: none), × "
         f"train.eps={train.eps:g}."
     )
     return Group(Text(said), Text(), table, Text(), Text(notes, style="dim"))
+
+
+def _rule_cells(row: RuleRow) -> tuple[str, ...]:
+    return (
+        f"×{row.count}" if row.count > 1 else "",
+        row.role,
+        "×".join(map(str, row.shape)),
+        f"{row.m:g}",
+        f"{row.init_mean:.2g}" if not row.init_std else f"± {row.init_std:.2g}",
+        f"{row.lr:.4g}",
+        f"{row.wd:.4g}" if row.wd else "–",
+        f"{row.eps:.4g}",
+    )
+
+
+def _at_dots(name: str, width: int) -> list[str]:
+    """``name`` in lines of at most ``width``, broken before dots; what goes on is indented."""
+    found, line = [], ""
+    for number, word in enumerate(name.split(".")):
+        piece = f".{word}" if number else word
+        if line and len(line) + len(piece) > width:
+            found.append(line)
+            line = "  "
+        line += piece
+    return [*found, line]
 
 
 def transfer_table(found: Transfer) -> Table:

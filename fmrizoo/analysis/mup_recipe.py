@@ -2,7 +2,13 @@
 
 Kept is what the rules depend on: backbone, objective and their options. Made small is what they do
 not depend on, because muP keeps it fixed: voxels, frames, patches, windows, stages, blocks, states
-and the channels of a head (of large heads a narrow model has too few to average over).
+and the channels of a head (of large heads a narrow model has too few to average over). A recipe
+whose base has heads of another size than its own keeps their number here, and their size grows.
+
+Fresh queries and keys have nothing in common, so under muP's 1/d the logits of growing heads start
+at √(base head_dim / head_dim) of those at base width, and training takes long to cover that chance
+part (measured: slopes -0.3 to -0.6 after 4 steps): a transient that Yang et al. know. To judge what
+is learned, the check lets such queries start at zero, and reads the logits of all blocks together.
 """
 
 from __future__ import annotations
@@ -46,6 +52,10 @@ LR = 2**-9
 BETAS, EPSILON = (0.9, 0.95), 1e-12
 FACTORS = (1, 2, 4, 8)
 NARROWEST = 32
+# Where heads grow in size, their channels at the narrowest width; of few, chance weighs too much.
+GROWING = {"swin4d": 16, "swin_factorized": 18}
+LOGITS = "attn.logits"
+TRANSIENTS = {LOGITS: 2}  # with them: no logits before the queries' first step
 
 
 # --- the recipe, made small -----------------------------------------------------------------------
@@ -85,42 +95,67 @@ def small(recipe: Recipe) -> Recipe:
     return made
 
 
-def widths_of(recipe: Recipe) -> tuple[int, ...]:
+def channels_of(recipe: Recipe, grow: bool = False) -> int:
+    """Channels of a head of a recipe made small; ``grow``: at the narrowest width."""
+    return (GROWING if grow else CHANNELS).get(recipe.backbone.name, OTHER_CHANNELS)
+
+
+def widths_of(recipe: Recipe, grow: bool = False) -> tuple[int, ...]:
     """Four widths of a recipe made small, each twice the one before, that whole heads make up."""
-    step = CHANNELS.get(recipe.backbone.name, OTHER_CHANNELS)
+    step = channels_of(recipe, grow)
     first = -(-NARROWEST // step) * step
     return tuple(first * factor for factor in FACTORS)
 
 
-def width_keys(recipe: Recipe, width: int) -> dict[str, Any]:
+def heads_grow(recipe: Recipe) -> bool:
+    """Whether the recipe's base has heads of another size than its backbone."""
+    base, backbone = recipe.parametrization.base, recipe.backbone
+    heads = getattr(backbone, "num_heads", None)
+    if heads is None or "num_heads" not in base or "embed_dim" not in base:
+        return False
+    both = zip(heads, base["num_heads"], strict=True)
+    return any(backbone.embed_dim * old != base["embed_dim"] * new for new, old in both)
+
+
+def width_keys(recipe: Recipe, width: int, heads_at: int | None = None) -> dict[str, Any]:
     """What of a small recipe's backbone section sets its width, at heads of ``CHANNELS``.
+
+    ``heads_at``: as many heads as at this width, which then grow in size.
 
     Raises:
         RecipeError: such heads do not make up the width.
     """
     backbone = recipe.backbone
-    channels = CHANNELS.get(backbone.name, OTHER_CHANNELS)
-    if width < 1 or width % channels:
+    grow, every = heads_at is not None, heads_at or width
+    channels = channels_of(recipe, grow)
+    if width < 1 or width % channels or width % every:
         raise RecipeError(
-            f"a width of {width} is no multiple of {channels}, the channels of a head here: take "
-            f"{', '.join(map(str, widths_of(recipe)))}"
+            f"a width of {width} is no multiple of {max(channels, heads_at or 0)}, the channels of "
+            f"{'all heads' if grow else 'a head'} here: take "
+            f"{', '.join(map(str, widths_of(recipe, grow)))}"
         )
     if not hasattr(backbone, "num_heads"):
         return {"embed_dim": width}
     stages = range(len(backbone.depths))
     return {
         "embed_dim": width,
-        "num_heads": [width * backbone.c_mult**stage // channels for stage in stages],
+        "num_heads": [every * backbone.c_mult**stage // channels for stage in stages],
     }
 
 
-def at_width(recipe: Recipe, width: int, base: int, parametrization: str | None) -> Recipe:
+def at_width(
+    recipe: Recipe,
+    width: int,
+    base: int,
+    parametrization: str | None,
+    heads_at: int | None = None,
+) -> Recipe:
     """A small recipe at ``width``; ``parametrization`` (None: its own) with ``base`` as base.
 
-    All widths have one depth, so nothing is scaled by it.
+    All widths have one depth, so nothing is scaled by it. ``heads_at``: see :func:`width_keys`.
     """
     made = deepcopy(recipe)
-    made.backbone = replace(recipe.backbone, **width_keys(recipe, width))
+    made.backbone = replace(recipe.backbone, **width_keys(recipe, width, heads_at))
     name = parametrization or made.parametrization.name
     made.parametrization = ParametrizationConfig()
     if name != "sp":
@@ -128,7 +163,7 @@ def at_width(recipe: Recipe, width: int, base: int, parametrization: str | None)
         start = recipe.parametrization.ssm_init
         if hasattr(recipe.backbone, "d_state"):
             start = "stratified"
-        keys = width_keys(recipe, base)
+        keys = width_keys(recipe, base, heads_at)
         own = recipe.parametrization
         made.parametrization = replace(own, name=name, base=keys, ssm_init=start, depth="none")
     return made
@@ -166,6 +201,12 @@ def made_up_batch(grid: Grid, clips: int = CLIPS, seed: int = 0) -> Batch:
 
 
 # --- what is looked at ----------------------------------------------------------------------------
+
+
+def pooled_taps(model: nn.Module) -> Iterator[Tap]:
+    """:func:`zoo_taps` with the logits of all blocks as one."""
+    for tap in zoo_taps(model):
+        yield tap._replace(name=LOGITS) if tap.name.endswith(".logits") else tap
 
 
 def zoo_taps(model: nn.Module) -> Iterator[Tap]:
@@ -231,11 +272,20 @@ def mixer_parts(mixer: Mamba2, u: Tensor, prenorm: Tensor) -> dict[str, Tensor]:
 
 
 def build_at(
-    recipe: Recipe, width: int, seed: int, base: int, parametrization: str | None = None
+    recipe: Recipe,
+    width: int,
+    seed: int,
+    base: int,
+    parametrization: str | None = None,
+    heads_at: int | None = None,
 ) -> PretrainingModel:
-    """The small model at ``width``; see :func:`at_width`."""
+    """The small model at ``width``; see :func:`at_width`. ``heads_at``: its queries start at 0."""
     torch.manual_seed(seed)
-    model = build_model(at_width(recipe, width, base, parametrization))
+    model = build_model(at_width(recipe, width, base, parametrization, heads_at))
+    if heads_at is not None:
+        for module in model.modules():
+            if isinstance(module, WindowAttention):
+                module.init_zero_queries()
     return cast(PretrainingModel, model.train())
 
 
@@ -279,6 +329,8 @@ def check_recipe(
 
     Args:
         recipe: Of a pretraining; its own base width is replaced with the narrowest of ``widths``.
+            If the heads of its base have another size (:func:`heads_grow`), they are one number
+            at all widths, and their queries start at zero (see above).
         overrides: ``key=value``.
         widths: Of the first stage; None: :func:`widths_of`.
         parametrization: ``sp`` or ``mup`` instead of the recipe's own.
@@ -288,15 +340,18 @@ def check_recipe(
     Raises:
         RecipeError: a recipe without an objective, or widths that its heads do not make up.
     """
-    made = small(load_recipe(recipe, overrides))
-    sizes = sorted(widths or widths_of(made))
+    whole = load_recipe(recipe, overrides)
+    made = small(whole)
+    grow = heads_grow(whole)
+    sizes = sorted(widths or widths_of(made, grow))
     base, name = sizes[0], parametrization or made.parametrization.name
+    heads_at = base if grow else None
     for width in sizes:
-        width_keys(made, width)  # refused before the first model is trained
+        width_keys(made, width, heads_at)  # refused before the first model is trained
     batch = made_up_batch(Grid(*made.backbone.img_size))
 
     def make(width: int, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = build_at(made, width, seed, base, name)
+        model = build_at(made, width, seed, base, name, heads_at)
         return model, adamw(model, lr_scales(model), lr)
 
     return coordinate_check(
@@ -305,9 +360,10 @@ def check_recipe(
         sizes,
         steps=steps,
         seeds=seeds,
-        taps=zoo_taps,
+        taps=pooled_taps if grow else zoo_taps,
         name=f"{made.backbone.name} {made.objective.name} {name}",
         tolerance=tolerance,
+        transients=TRANSIENTS if grow else {},
         on_model=on_model,
     )
 

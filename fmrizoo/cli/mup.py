@@ -1,13 +1,14 @@
-"""Commands about the maximal update parametrization: explain."""
+"""Commands about the maximal update parametrization: explain, fold."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fmrizoo.cli.shell import Overrides, RecipeName, app, out
+from fmrizoo.cli.shell import Out, Overrides, RecipeName, app, out
 
 if TYPE_CHECKING:
     from fmrizoo.config import Recipe
@@ -48,7 +49,24 @@ def explain(
         out.print_json(json.dumps({**made.to_dict(), "table": [asdict(row) for row in rows]}))
     else:
         shown = rows if every else collapse(rows)
-        out.print(screens.mup_table(made, shown, len(rows), composed.train))
+        out.print(screens.mup_table(made, shown, len(rows), composed.train, out.width))
+
+
+@mup.command()
+def fold(
+    model: Annotated[Path, typer.Argument(help="Run folder or model folder, trained with muP.")],
+    *,
+    folder: Out,
+) -> None:
+    """Multipliers into the weights → a model folder of the same function without muP.
+
+    For codes that know no multipliers. Fine-tuning a folded model loses the transferred learning
+    rates: inside fmrizoo, start from the model itself.
+    """
+    from fmrizoo.pipeline.folding import fold_model
+
+    done = fold_model(model, folder)
+    out.print(f"{done}: folded, parametrization.name=sp", soft_wrap=True, highlight=False)
 
 
 def _tasks(recipe: Recipe) -> list[TaskSpec]:

@@ -88,6 +88,12 @@ class TaskLinear(nn.Module):
             found.append(part + bias)
         return torch.cat(found, 1)
 
+    @torch.no_grad()
+    def fold_multiplier(self) -> None:
+        """Multiply it into the weight, not the biases: the same outputs with a multiplier of 1."""
+        self.weight.mul_(self.multiplier)
+        self.multiplier = 1.0
+
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"{self.weight.shape[1]}, {len(self.bias)}"

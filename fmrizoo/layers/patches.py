@@ -210,6 +210,12 @@ class PatchEmbed(nn.Module):
         self.fc = nn.Linear(prod(self.patch) * in_chans, embed_dim)
         self.norm = nn.LayerNorm(embed_dim) if norm else nn.Identity()
 
+    @torch.no_grad()
+    def fold_multiplier(self) -> None:
+        """Multiply it into the weight, not the bias: the same tokens with a multiplier of 1."""
+        self.fc.weight.mul_(self.multiplier)
+        self.multiplier = 1.0
+
     def forward(self, bold: Tensor, brain: Brain | None = None) -> Tensor:
         """``(b, c, x, y, z, t)`` → ``(b, n, embed_dim)``, tokens row-major in x, y, z, t.
 

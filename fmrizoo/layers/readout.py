@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ class ScaledLinear(nn.Linear):
 
     Attributes:
         multiplies: Which multiplier it takes: ``input`` or ``output``. Other modules that take one
-            have the same two attributes.
+            have the same two attributes and a method ``fold_multiplier()``.
         multiplier: 1 unless a parametrization sets it.
     """
 
@@ -33,6 +34,12 @@ class ScaledLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``(…, in)`` → ``(…, out)``."""
         return F.linear(scaled(x, self.multiplier), self.weight, self.bias)
+
+    @torch.no_grad()
+    def fold_multiplier(self) -> None:
+        """Multiply it into the weight: the same outputs with a multiplier of 1."""
+        self.weight.mul_(self.multiplier)
+        self.multiplier = 1.0
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

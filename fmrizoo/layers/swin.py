@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import repeat
 from math import ceil
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.layers.attention import Windows, attend_windows
-from fmrizoo.layers.lora import scale_output
+from fmrizoo.layers.lora import LoraLinear, scale_output
 from fmrizoo.layers.mlp import MLP
 from fmrizoo.layers.patches import Brain, PatchEmbed, background_value, pad_to, patch_share
 from fmrizoo.layers.plan import neighbours
@@ -121,6 +121,7 @@ class WindowAttention(nn.Module):
     """Multi-head self-attention inside windows, on tokens in window order.
 
     Attributes:
+        heads, head_dim: How many, of how many channels.
         multiplies, multiplier: On the logits, see :class:`fmrizoo.layers.readout.ScaledLinear`.
     """
 
@@ -130,7 +131,8 @@ class WindowAttention(nn.Module):
     def __init__(self, width: int, heads: int, config: SwinConfig) -> None:
         super().__init__()
         self.heads = heads
-        self.scale = (width // heads) ** -0.5
+        self.head_dim = width // heads
+        self.scale = self.head_dim**-0.5
         self.attn_drop = config.attn_drop_rate
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.proj = nn.Linear(width, width)
@@ -143,6 +145,38 @@ class WindowAttention(nn.Module):
         """
         seen: Tensor = self.qkv(prompts)[:, prompts.shape[1] :]
         return seen.to(torch.promote_types(seen.dtype, torch.float32))
+
+    @torch.no_grad()
+    def fold_multiplier(self) -> None:
+        """Multiply it into all that makes the queries: the same logits with a multiplier of 1.
+
+        Queries are the first third of the outputs of ``qkv``: of its weight and bias, and of every
+        adapter's B. Rotary positions are linear, and prompts have no query.
+        """
+        for part in self._queries():
+            part.mul_(self.multiplier)
+        self.multiplier = 1.0
+
+    @torch.no_grad()
+    def init_zero_queries(self) -> None:
+        """Start with queries, and so with logits, of zero."""
+        for part in self._queries():
+            part.zero_()
+
+    def _queries(self) -> list[Tensor]:
+        """Views of the rows that make queries: the first third of every map's outputs.
+
+        Raises:
+            RecipeError: adapters are merged into them.
+        """
+        base, parts = cast(nn.Linear | LoraLinear, self.qkv), list[Tensor]()
+        if isinstance(base, LoraLinear):
+            if base.merged:
+                raise RecipeError("the adapters are merged into the weights: unmerge them first")
+            parts += [cast(Tensor, layer.weight) for layer in base.lora_B.values()]
+            base = base.base_layer
+        parts += [base.weight] if base.bias is None else [base.weight, base.bias]
+        return [part[: len(part) // 3] for part in parts]
 
     def forward(
         self, x: Tensor, windows: Windows, causal: bool = False, seen: Tensor | None = None

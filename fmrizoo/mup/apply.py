@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,8 +20,7 @@ class Multipliers:
     Attributes:
         output: On the input of every output layer, beside 1/m.
         input: On the voxels that are embedded.
-        attention: On the logits, beside head_dim^-½ (muP's 1/d, whose √d is constant here: heads
-            grow in number, never in size).
+        attention: On the logits, beside head_dim^-½ and :func:`attention_factors`.
     """
 
     output: float = 1.0
@@ -28,11 +28,36 @@ class Multipliers:
     attention: float = 1.0
 
 
+def attention_factors(base: nn.Module, target: nn.Module) -> dict[str, float]:
+    """√(head_dim at base width / head_dim) by name of the attention module, where it is not 1.
+
+    muP's logits are ``q·k / d`` (Yang et al. 2022, definition 4.1): q and k grow alike in training,
+    so their product adds up over the channels of a head. With the constant √d of the base width
+    this is ``q·k · d^-½`` × the factor: 1 at base width, and where heads grow in number only.
+
+    Args:
+        base: Encoder at base width, with the same modules as ``target``.
+        target: On any device.
+    """
+    sizes = [
+        {n: m.head_dim for n, m in model.named_modules() if _multiplies(m) == "attention"}
+        for model in (base, target)
+    ]
+    pairs = {name: (sizes[0][name], size) for name, size in sizes[1].items()}
+    return {name: math.sqrt(old / new) for name, (old, new) in pairs.items() if old != new}
+
+
+def _multiplies(module: nn.Module) -> str | None:
+    kind: str | None = getattr(module, "multiplies", None)
+    return kind
+
+
 def apply(
     model: nn.Module,
     table: Mapping[str, Rule],
     m: float,
     given: Multipliers | None = None,
+    attention: Mapping[str, float] | None = None,
     depth: Depth | None = None,
 ) -> None:
     """Set the ``multiplier`` of every module that ``multiplies`` something; twice is as once.
@@ -44,6 +69,7 @@ def apply(
         table: Rules of its parameters.
         m: Width / base width.
         given: None: all 1.
+        attention: From :func:`attention_factors`, by module name in the encoder; None: all 1.
         depth: Gives residual branches their multiplier, block by block; None: 1.
 
     Raises:
@@ -57,7 +83,7 @@ def apply(
     }
     seen: set[str] = set()
     for name, module in model.named_modules():
-        kind = getattr(module, "multiplies", None)
+        kind = _multiplies(module)
         if kind is None:
             continue
         if kind == "output":
@@ -67,7 +93,9 @@ def apply(
         elif kind == "branch":
             module.multiplier = 1.0 if depth is None else depth.branch(name)
         else:
-            module.multiplier = values[kind]
+            own = name.removeprefix("backbone.")
+            factor = (attention or {}).get(own, 1.0) if kind == "attention" else 1.0
+            module.multiplier = values[kind] * factor
             seen.add(kind)
     unused = {"input": given.input, "attention": given.attention}
     for kind, value in unused.items():

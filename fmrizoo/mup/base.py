@@ -29,8 +29,9 @@ def base_backbone(recipe: Recipe, times: int = 1) -> Any:
     """The recipe's backbone section at ``times`` the base width, with its own depth.
 
     Raises:
-        RecipeError: not muP, no ``embed_dim`` in the base, a width that is no multiple of it, a key
-            that the backbone lacks, or heads (or states) whose size would change with the width.
+        RecipeError: not muP, no ``embed_dim`` in the base, a narrower width than it, a key that the
+            backbone lacks, heads of a wider model that the base does not say, or states whose
+            number would change with the width.
     """
     config, target = recipe.parametrization, recipe.backbone
     if config.name != "mup":
@@ -45,18 +46,16 @@ def base_backbone(recipe: Recipe, times: int = 1) -> Any:
         name = getattr(target, "name", type(target).__name__)
         raise RecipeError(f"parametrization.base.{unknown[0]}: {name} has no such setting")
     width, base_width = target.embed_dim, given["embed_dim"]
-    if width % base_width:
+    if width < base_width:
         raise RecipeError(
-            f"backbone.embed_dim={width} is no multiple of parametrization.base.embed_dim="
-            f"{base_width}: muP scales all widths by one whole number"
+            f"backbone.embed_dim={width} is below parametrization.base.embed_dim={base_width}: the "
+            "base is the width that the recipe was tuned at, the smallest one"
         )
-    if hasattr(target, "num_heads"):
-        _check_heads(given, target, width // base_width)
     changes: dict[str, Any] = {"embed_dim": base_width * times}
-    if "num_heads" in given:
-        changes["num_heads"] = [heads * times for heads in given["num_heads"]]
-    elif hasattr(target, "num_heads"):  # only where the widths are equal
-        changes["num_heads"] = [heads * times for heads in target.num_heads]
+    if hasattr(target, "num_heads"):
+        _check_heads(given, target)
+        heads = given.get("num_heads", target.num_heads)
+        changes["num_heads"] = [count * times for count in heads]
     try:
         made: Any = replace(target, **changes)  # type: ignore[type-var]
     except RecipeError as error:
@@ -71,19 +70,34 @@ def base_backbone(recipe: Recipe, times: int = 1) -> Any:
     return made
 
 
-def _check_heads(given: dict[str, Any], target: Any, m: int) -> None:
-    wanted = [heads // m for heads in target.num_heads]
-    heads = given.get("num_heads", target.num_heads)
-    if any(h % m for h in target.num_heads):
-        raise RecipeError(
-            f"backbone.num_heads={list(target.num_heads)} at {m} times the base width must be "
-            f"multiples of {m}: heads grow in number, head_dim is fixed"
-        )
-    if list(heads) != wanted:
-        raise RecipeError(
-            f"head_dim would change with the width: {m} times the base width needs {m} times its "
-            f"heads, so set parametrization.base.num_heads={wanted}, not {list(heads)}"
-        )
+def _check_heads(given: dict[str, Any], target: Any) -> None:
+    """A wider model may have more heads or larger ones: which of both, only the base can say."""
+    width, base_width, heads = target.embed_dim, given["embed_dim"], list(target.num_heads)
+    if "num_heads" in given or width == base_width:
+        return
+    ways = [f"{heads} (the same number of heads, which grow in size)"]
+    if all(count * base_width % width == 0 for count in heads):
+        fewer = [count * base_width // width for count in heads]
+        ways.insert(0, f"{fewer} (heads of constant size, which grow in number)")
+    raise RecipeError(
+        f"backbone.num_heads={heads} at {width / base_width:g} times the base width: say which "
+        f"heads the base has, parametrization.base.num_heads={' or '.join(ways)}"
+    )
+
+
+def resized_heads(recipe: Recipe, base: Any) -> Any | None:
+    """The recipe's backbone section at the widths and heads of ``base``, all else its own.
+
+    None where no head differs in size from the base's: there is nothing to correct.
+    """
+    target = recipe.backbone
+    if not hasattr(target, "num_heads"):
+        return None
+    both = zip(target.num_heads, base.num_heads, strict=True)
+    if all(target.embed_dim * old == base.embed_dim * new for new, old in both):
+        return None
+    made: Any = replace(target, embed_dim=base.embed_dim, num_heads=list(base.num_heads))
+    return made
 
 
 def base_depth(recipe: Recipe) -> Depth | None:

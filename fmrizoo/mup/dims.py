@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fmrizoo.errors import RecipeError
+from fmrizoo.mup.partition import whole_modules
 
 Build = Callable[[], nn.Module]
 
@@ -75,7 +76,7 @@ def infer(base: Build, delta: Build, target: Build) -> dict[str, ParameterDims]:
     Raises:
         RecipeError: the models have other parameters, or one differs in an axis that is no width.
     """
-    with torch.device("meta"):
+    with whole_modules(), torch.device("meta"):
         models = [build() for build in (base, delta, target)]
     shapes = [{n: tuple(p.shape) for n, p in model.named_parameters()} for model in models]
     for other in shapes[1:]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fmrizoo.errors import RecipeError
 from fmrizoo.mup.dims import Shapes
+from fmrizoo.mup.partition import gathered
 from fmrizoo.mup.rules import Rule
 
 SSM_INIT = ("random", "stratified")
@@ -29,6 +30,7 @@ def initialise(
     table: Mapping[str, Rule],
     *,
     readout_zero_init: bool = True,
+    query_zero_init: bool = False,
     ssm_init: str = "random",
     only: Callable[[str], bool] = lambda name: True,
 ) -> None:
@@ -60,32 +62,43 @@ def initialise(
         dims: Of its parameters.
         table: Rules of the same.
         readout_zero_init: Outputs start with zero weights (their biases are kept).
+        query_zero_init: Queries start at zero, and with them all logits. Fresh queries and keys have
+            nothing in common: under muP's 1/d the logits of heads that grow in size would start
+            at d^-½ of a narrow model's, and end as large.
         ssm_init: ``stratified``: step sizes and decay rates of Mamba's heads lie at even quantiles
             of their distributions. Drawn for few heads, they differ from width to width by chance.
         only: Which parameters, by name.
 
     Raises:
-        RecipeError: ``stratified`` for a model without Mamba mixers.
+        RecipeError: ``stratified`` for a model without Mamba mixers, zero queries for one without
+            attention.
     """
     for name, parameter in model.named_parameters():
         if not only(name) or parameter.is_meta:
             continue
+        factor = init_factor(dims[name].spread, table[name])
         if table[name].role == "output" and readout_zero_init:
-            parameter.zero_()
-        elif (factor := init_factor(dims[name].spread, table[name])) != 1.0:
-            parameter.mul_(factor)
-    if ssm_init == "stratified":
-        _stratify(model, only)
-
-
-def _stratify(model: nn.Module, only: Callable[[str], bool]) -> None:
-    found = False
-    for name, module in model.named_modules():
-        if callable(place := getattr(module, "init_stratified", None)):
-            found = True
-            if only(f"{name}.A_log"):
-                place()
-    if not found:
+            factor = 0.0
+        if factor != 1.0:
+            with gathered([parameter]):
+                parameter.mul_(factor) if factor else parameter.zero_()
+    if ssm_init == "stratified" and not _place(model, "init_stratified", "A_log", only):
         raise RecipeError(
             "parametrization.ssm_init=stratified is for models with Mamba mixers: take random"
         )
+    if query_zero_init and not _place(model, "init_zero_queries", "qkv.weight", only):
+        raise RecipeError(
+            "parametrization.query_zero_init=true is for models with attention: leave it out"
+        )
+
+
+def _place(model: nn.Module, method: str, parameter: str, only: Callable[[str], bool]) -> bool:
+    """Call ``method`` of the modules that have it and whose ``parameter`` is fresh; has any it?"""
+    found = False
+    for name, module in model.named_modules():
+        if callable(place := getattr(module, method, None)):
+            found = True
+            if only(f"{name}.{parameter}"):
+                with gathered(module.parameters()):
+                    place()
+    return found

@@ -6,18 +6,20 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from fmrizoo.config import BASE_KEYS, DEPTH_KEYS, ParametrizationConfig, Recipe
 from fmrizoo.errors import CheckpointError, RecipeError
-from fmrizoo.mup.apply import Multipliers, apply
-from fmrizoo.mup.base import base_backbone, base_depth
+from fmrizoo.mup.apply import Multipliers, apply, attention_factors
+from fmrizoo.mup.base import base_backbone, base_depth, resized_heads
 from fmrizoo.mup.depth import Depth
 from fmrizoo.mup.dims import Shapes, infer
 from fmrizoo.mup.init import initialise
+from fmrizoo.mup.partition import whole_modules
 from fmrizoo.mup.rules import Rule, rule_table
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES
 from fmrizoo.types import Backbone, TaskSpec
@@ -53,6 +55,8 @@ class Parametrization:
         table: Rule of every parameter by name.
         multipliers: Set on the model.
         weight_decay: How the decay follows the width.
+        attention: Factors on the logits of heads of another size than at base width, by name of
+            their module in the encoder (:func:`fmrizoo.mup.apply.attention_factors`).
     """
 
     m: float
@@ -60,6 +64,7 @@ class Parametrization:
     table: Table
     multipliers: Multipliers
     weight_decay: str
+    attention: Mapping[str, float] = field(default_factory=dict)
     depth: Depth | None = None
 
     @property
@@ -100,6 +105,8 @@ class Parametrization:
             for key in ("m", "base", "multipliers", "weight_decay", "depth")
             if getattr(self, key) != getattr(other, key)
         ]
+        if self.attention != other.attention:
+            found.append(f"{_heads_said(self.attention)} ≠ {_heads_said(other.attention)}")
         shared = (name for name in self.table if name in other.table)
         changed = [name for name in shared if self.table[name] != other.table[name]]
         if changed:
@@ -115,6 +122,7 @@ class Parametrization:
             "base": dict(self.base),
             "multipliers": asdict(self.multipliers),
             "weight_decay": self.weight_decay,
+            "attention": dict(self.attention),
             "depth": None if self.depth is None else asdict(self.depth),
             "sha256": self.sha256,
             "table": {name: asdict(rule) for name, rule in self.table.items()},
@@ -139,6 +147,7 @@ class Parametrization:
                 table={name: Rule(**rule) for name, rule in values["table"].items()},
                 multipliers=Multipliers(**values["multipliers"]),
                 weight_decay=str(values["weight_decay"]),
+                attention={n: float(v) for n, v in values["attention"].items()},
                 depth=None if values["depth"] is None else Depth.of(**values["depth"]),
             )
             said = values["sha256"]
@@ -149,6 +158,11 @@ class Parametrization:
                 f"{FILE} was changed: its table does not have the SHA-256 it states"
             )
         return made
+
+
+def _heads_said(attention: Mapping[str, float]) -> str:
+    factors = ", ".join(f"{value:.4g}" for value in dict.fromkeys(attention.values()))
+    return f"attention factors {factors or '1'}"
 
 
 def parametrize(recipe: Recipe, model: nn.Module) -> Parametrization:
@@ -196,10 +210,11 @@ def install(
         dims,
         made.table,
         readout_zero_init=config.readout_zero_init,
+        query_zero_init=config.query_zero_init,
         ssm_init=config.ssm_init,
         only=is_fresh,
     )
-    apply(model, made.table, made.m, made.multipliers, made.depth)
+    apply(model, made.table, made.m, made.multipliers, made.attention, made.depth)
     model.parametrization = made  # type: ignore[assignment]
     return made
 
@@ -252,9 +267,19 @@ def make(
         table=table,
         multipliers=Multipliers(config.output_mult, config.input_mult, config.attn_mult),
         weight_decay=config.weight_decay,
+        attention=_attention(recipe, base),
         depth=depth,
     )
     return made, dims
+
+
+def _attention(recipe: Recipe, base: Any) -> dict[str, float]:
+    narrow = resized_heads(recipe, base)
+    if narrow is None:
+        return {}
+    with whole_modules(), torch.device("meta"):
+        encoders = [BACKBONES.build(config) for config in (narrow, recipe.backbone)]
+    return attention_factors(*encoders)
 
 
 def _parametrize(recipe: Recipe, model: nn.Module) -> tuple[Parametrization, Shapes]:

@@ -15,6 +15,8 @@ from fmrizoo.errors import CheckpointError
 from fmrizoo.files import write_json
 from fmrizoo.mup.parametrization import FILE, Parametrization
 
+WAY_OUT = ", or make them plain weights with `fmrizoo mup fold`"
+
 
 def write_parametrization(folder: Path, model: nn.Module) -> None:
     """Write the file, if ``model`` has a muP table."""
@@ -54,14 +56,15 @@ def check_parametrization(folder: Path, model: nn.Module) -> None:
     own: Parametrization | None = getattr(model, "parametrization", None)
     if (stored is None) != (own is None):
         had, has = ("mup", "sp") if stored is not None else ("sp", "mup")
+        way = WAY_OUT if stored is not None else ""
         raise CheckpointError(
             f"the weights in {folder} were trained with parametrization.name={had}, this model is "
-            f"built with {has}: use the recipe that they were trained with"
+            f"built with {has}: use the recipe that they were trained with{way}"
         )
     if stored is not None and own is not None and (said := stored.differences(own)):
         raise CheckpointError(
             f"the weights in {folder} have another muP parametrization than this model: "
-            f"{'; '.join(said)}"
+            f"{'; '.join(said)}; use the recipe that they were trained with{WAY_OUT}"
         )
 
 
@@ -75,10 +78,18 @@ def check_encoder(folder: Path, backbone: nn.Module) -> None:
     own: Parametrization | None = getattr(backbone, "parametrization", None)
     if stored is None and own is None:
         return
-    facts = [None if p is None else (p.m, dict(p.base), p.multipliers) for p in (stored, own)]
+    facts = [None if p is None else _forward(p) for p in (stored, own)]
     if facts[0] != facts[1]:
-        had, has = ("sp" if f is None else f"mup (m, base, multipliers: {f})" for f in facts)
+        had, has = ("sp" if f is None else f"mup ({f})" for f in facts)
+        way = WAY_OUT if stored is not None else ""
         raise CheckpointError(
             f"the encoder in {folder} was trained with parametrization {had}, this one is built "
-            f"with {has}: give the recipe the parametrization that it was trained with"
+            f"with {has}: give the recipe the parametrization that it was trained with{way}"
         )
+
+
+def _forward(made: Parametrization) -> str:
+    """What the outputs of an encoder depend on."""
+    said = f"m {made.m:g}, base {dict(made.base)}, {made.multipliers}"
+    factors = dict.fromkeys(made.attention.values())
+    return said + (f", attention × {', '.join(map(repr, factors))}" if factors else "")

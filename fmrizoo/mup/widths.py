@@ -49,6 +49,8 @@ def widths_of(recipe: Recipe) -> list[int]:
 def at_width(recipe: Recipe, width: int, name: str = "mup") -> Recipe:
     """The recipe with a backbone of ``width``, and heads that grow in number with it.
 
+    A recipe that is wider than its base and has as many heads keeps their number at every width.
+
     Args:
         recipe: See :func:`base_keys`.
         width: Of the first stage; a multiple of the base width.
@@ -60,7 +62,8 @@ def at_width(recipe: Recipe, width: int, name: str = "mup") -> Recipe:
     base = base_keys(recipe)
     changes: dict[str, Any] = {"embed_dim": width}
     if "num_heads" in base:
-        changes["num_heads"] = [heads * width // base["embed_dim"] for heads in base["num_heads"]]
+        factor = 1 if _grow_in_size(recipe, base) else width // base["embed_dim"]
+        changes["num_heads"] = [heads * factor for heads in base["num_heads"]]
     backbone = replace(recipe.backbone, **changes)
     scaled = replace(
         recipe,
@@ -71,6 +74,12 @@ def at_width(recipe: Recipe, width: int, name: str = "mup") -> Recipe:
     if name == "sp":
         return replace(scaled, parametrization=ParametrizationConfig())
     return scaled
+
+
+def _grow_in_size(recipe: Recipe, base: dict[str, Any]) -> bool:
+    """The recipe is wider than its base and has the same number of heads."""
+    wider = recipe.backbone.embed_dim != base["embed_dim"]
+    return wider and list(recipe.backbone.num_heads) == base["num_heads"]
 
 
 def names_of(only: str | None) -> Sequence[str]:

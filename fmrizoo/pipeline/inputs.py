@@ -164,7 +164,8 @@ def with_parametrization(recipe: Recipe) -> Recipe:
         raise RecipeError(
             f"the encoder in {source} was trained with parametrization.name={stored.name} "
             f"(base {stored.base}), the recipe has {recipe.parametrization.name} (base "
-            f"{recipe.parametrization.base}): leave the section out, it is taken from the encoder"
+            f"{recipe.parametrization.base}): leave the section out, it is taken from the encoder, "
+            "or make the encoder plain weights with `fmrizoo mup fold`"
         )
     log.info("parametrization.name=%s, base %s: as the encoder's", stored.name, stored.base)
     return replace(recipe, parametrization=stored)

@@ -62,10 +62,15 @@ def test_the_table_fits_the_page(width: int) -> None:
     console = Console(width=width, record=True, file=io.StringIO())
     made, rows = explain(recipe("swin_factorized", "simmim_mlp", 4))
     console.print(
-        screens.mup_table(made, collapse(rows), len(rows), recipe("swin4d", "none").train)
+        screens.mup_table(made, collapse(rows), len(rows), recipe("swin4d", "none").train, width)
     )
     text = console.export_text()
     assert all(len(line) <= width for line in text.splitlines())
+    names = {line.split()[0].strip(".") for line in text.splitlines() if line.strip()}
+    for row in collapse(rows):  # whole, or in two pieces that end at dots
+        parts = row.name.split(".")[1:]
+        cuts = [(".".join(parts[:i]), ".".join(parts[i:])) for i in range(len(parts))]
+        assert any({*cut} - {""} <= names for cut in cuts), row.name
     text = " ".join(text.split())
     assert "…" not in text, "nothing is cut off"
     assert "output 0.25" in text and "hidden" in text and "4 times the base width" in text

@@ -243,15 +243,15 @@ def test_what_is_written_can_be_read() -> None:
         ({"embed_dim": "wide"}, "base.embed_dim needs a whole number ≥ 1, got 'wide'"),
         ({"embed_dim": 0}, "base.embed_dim needs a whole number ≥ 1, got 0"),
         ({"embed_dim": 12, "num_heads": 2}, "base.num_heads needs whole numbers, one a stage"),
-        ({"embed_dim": 36, "num_heads": [2, 4]}, "embed_dim=48 is no multiple of .*=36"),
-        ({"embed_dim": 96, "num_heads": [2, 4]}, "embed_dim=48 is no multiple of .*=96"),
-        ({"embed_dim": 12}, r"head_dim would change .*base.num_heads=\[2, 4\], not \[8, 16\]"),
-        ({"embed_dim": 12, "num_heads": [4, 4]}, r"base.num_heads=\[2, 4\], not \[4, 4\]"),
-        ({"embed_dim": 12, "num_heads": [2]}, r"base.num_heads=\[2, 4\], not \[2\]"),
+        ({"embed_dim": 96, "num_heads": [2, 4]}, "embed_dim=48 is below .*=96"),
         (
-            {"embed_dim": 3, "num_heads": [1, 1]},
-            r"num_heads=\[8, 16\] at 16 times .* multiples of 16",
+            {"embed_dim": 12},
+            r"num_heads=\[8, 16\] at 4 times the base width: .*base.num_heads=\[2, 4\] \(heads of "
+            r"constant size.*\) or \[8, 16\] \(the same number of heads",
         ),
+        ({"embed_dim": 16}, r"at 3 times .*base.num_heads=\[8, 16\] \(the same number of heads"),
+        ({"embed_dim": 12, "num_heads": [5, 4]}, r"base width: .*\[0\]=5 does not divide"),
+        ({"embed_dim": 12, "num_heads": [2]}, r"base width: .*one number per stage each"),
     ],
 )
 def test_a_base_that_does_not_fit_is_refused_with_the_recipe(

@@ -153,6 +153,23 @@ def test_outputs_start_at_zero_if_asked_and_nothing_else_changes() -> None:
         assert all(torch.equal(kept[k], zero[k]) for k in kept if k != name)
 
 
+@pytest.mark.parametrize("backbone", ["swin4d", "swin_factorized"])
+def test_queries_start_at_zero_if_asked_and_nothing_else_changes(backbone: str) -> None:
+    plain = build(recipe(backbone, "simmim_mlp"))
+    zero = build(recipe(backbone, "simmim_mlp", query_zero_init=True))
+    changed = 0
+    for (name, a), b in zip(plain.named_parameters(), zero.parameters(), strict=True):
+        if ".qkv." in name:
+            third = len(b) // 3
+            assert not b[:third].any() and torch.equal(a[third:], b[third:]), name
+            changed += 1
+        else:
+            assert torch.equal(a, b), name
+    assert changed >= 4
+    with pytest.raises(RecipeError, match="query_zero_init=true is for models with attention"):
+        build(recipe("neuromamba", "simmim_mlp", query_zero_init=True))
+
+
 def test_stratified_heads_lie_at_even_quantiles_whatever_the_width_and_seed() -> None:
     for times in (1, 8):
         found = [
