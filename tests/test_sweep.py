@@ -61,6 +61,21 @@ def test_a_recipe_at_another_width_has_as_many_times_the_heads() -> None:
     assert (wide.parametrization.name, plain.parametrization.name) == ("mup", "sp")
 
 
+def test_a_wider_recipe_with_the_heads_of_its_base_keeps_their_number() -> None:
+    base = "parametrization.base={embed_dim: 96, num_heads: [6, 12, 24, 48]}"
+    given = ["parametrization.name=mup", base]
+    recipe = load_recipe("pretrain/sizes/swin4d_202M", given)
+    for width in (96, 192, 384):
+        scaled = at_width(recipe, width)
+        assert (scaled.backbone.embed_dim, scaled.backbone.num_heads) == (width, [6, 12, 24, 48])
+
+
+def test_a_base_depth_stays_what_it_is_at_every_width() -> None:
+    base = "parametrization.base={embed_dim: 16, num_heads: [2, 4], depths: [1, 1]}"
+    recipe = load_recipe("mup/haxby_transfer", ["parametrization.depth=completep", base])
+    assert at_width(recipe, 64).parametrization.base["depths"] == [1, 1]
+
+
 def test_without_a_base_the_recipes_own_width_is_it() -> None:
     recipe = load_recipe("pretrain/haxby_slice")
     assert widths_of(recipe) == [48, 96, 192, 384]

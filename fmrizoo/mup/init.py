@@ -62,9 +62,9 @@ def initialise(
         dims: Of its parameters.
         table: Rules of the same.
         readout_zero_init: Outputs start with zero weights (their biases are kept).
-        query_zero_init: Queries start at zero, and with them all logits. Fresh queries and keys have
-            nothing in common: under muP's 1/d the logits of heads that grow in size would start
-            at d^-½ of a narrow model's, and end as large.
+        query_zero_init: Queries start at zero, and with them all logits. Fresh queries and keys
+            have nothing in common: under muP's 1/d the logits of heads that grow in size would
+            start at d^-½ of a narrow model's, and end as large.
         ssm_init: ``stratified``: step sizes and decay rates of Mamba's heads lie at even quantiles
             of their distributions. Drawn for few heads, they differ from width to width by chance.
         only: Which parameters, by name.

@@ -78,7 +78,7 @@ def at_width(recipe: Recipe, width: int, name: str = "mup") -> Recipe:
 
 def _grow_in_size(recipe: Recipe, base: dict[str, Any]) -> bool:
     """The recipe is wider than its base and has the same number of heads."""
-    wider = recipe.backbone.embed_dim != base["embed_dim"]
+    wider = bool(recipe.backbone.embed_dim != base["embed_dim"])
     return wider and list(recipe.backbone.num_heads) == base["num_heads"]
 
 
