@@ -277,7 +277,7 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path: Path, bad: str) -> None
 def test_a_terminated_sweep_goes_on_to_the_numbers_it_would_have_had(
     sample_store: Path, tmp_path: Path
 ) -> None:
-    words = [*TINY, "train.steps=60", "train.batch_size=8", "sweep.rates=[0.004,0.008]"]
+    words = [*TINY, "train.steps=30", "train.batch_size=8", "sweep.rates=[0.004,0.008]"]
     command = [
         *(sys.executable, "-m", "fmrizoo", "mup", "transfer", "mup/haxby_transfer"),
         *(f"data.store={sample_store}", *words, "--only", "mup", "--jobs", "2"),

@@ -222,7 +222,7 @@ def test_what_is_written_can_be_read() -> None:
     with pytest.raises(CheckpointError, match="does not have the SHA-256"):
         Parametrization.from_dict(changed)
     for wrong, message in (
-        ({**values, "schema": 2}, "schema 2"),
+        ({**values, "schema": 1}, "schema 1"),
         ({k: v for k, v in values.items() if k != "m"}, "missing or malformed: 'm'"),
         ({**values, "table": []}, "missing or malformed"),
     ):

@@ -165,7 +165,7 @@ def test_resume_equals_uninterrupted(
 def test_nan_on_one_rank_stops_both(troubled: tuple[Path, list[dict[str, Any]]]) -> None:
     _, told = troubled
     for rank in told:
-        assert "TrainingError: the loss of step 2 is not finite" in rank["nan"]
+        assert "DivergedError: the loss of step 2 is not finite" in rank["nan"]
         assert all(f"sub-{i:03d}" in rank["nan"] for i in range(8, 16))
 
 
