@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -284,11 +285,13 @@ def test_a_terminated_sweep_goes_on_to_the_numbers_it_would_have_had(
         *("--out", str(tmp_path / "run")),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if any(len(read_metrics(p)) > 3 for p in (tmp_path / "run").rglob("metrics.jsonl")):
-            break
-        time.sleep(0.05)
+    folder = tmp_path / "run"
+    wait_for(
+        lambda: (
+            any(len(read_metrics(p)) > 3 for p in folder.rglob("metrics.jsonl"))
+            or process.poll() is not None
+        )
+    )
     os.kill(process.pid, signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75 and "run the same command to go on" in said, said
@@ -299,3 +302,30 @@ def test_a_terminated_sweep_goes_on_to_the_numbers_it_would_have_had(
     resumed = transfer(recipe, tmp_path / "run", ["mup"])
     whole = transfer(recipe, tmp_path / "whole", ["mup"])
     assert resumed.transfers == whole.transfers
+
+
+def test_workers_end_with_a_killed_parent(sample_store: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "fmrizoo", "mup", "transfer", "mup/haxby_transfer"),
+        *(f"data.store={sample_store}", *TINY, "train.steps=4000"),
+        *("--only", "mup", "--jobs", "2", "--out", str(tmp_path)),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(tmp_path.rglob("metrics.jsonl"))) == 2 or process.poll() is not None)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    # Both save where they stand and write nothing more.
+    wait_for(lambda: len(list(tmp_path.rglob("checkpoints/step-*/manifest.json"))) == 2)
+    rows = [len(read_metrics(path)) for path in sorted(tmp_path.rglob("metrics.jsonl"))]
+    assert all(0 < count < 4000 for count in rows)
+    time.sleep(3)
+    assert rows == [len(read_metrics(path)) for path in sorted(tmp_path.rglob("metrics.jsonl"))]
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 120) -> None:
+    """Until ``happened()``; the time is the patience of a busy machine, nothing is measured."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.1)

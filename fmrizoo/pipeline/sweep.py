@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 FILE = "outcome.json"
 SCHEMA = "fmrizoo.outcome/1"
 LAST = 10  # the mean training loss is over the last 1/LAST of the steps
+GRACE = 60  # seconds for the last checkpoint of a worker whose parent is gone
 # What is removed when a job is over, unless models are kept.
 _LARGE = ("checkpoints", "best", "model", "features")
 
@@ -274,12 +276,17 @@ def _side_by_side(jobs: Sequence[Job], out: Path, workers: int, keep: bool) -> R
     context = multiprocessing.get_context("spawn")
     with (
         _threads_for(workers),
-        ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool,
+        ProcessPoolExecutor(
+            min(workers, len(jobs)),
+            mp_context=context,
+            initializer=_stop_without,
+            initargs=(os.getpid(),),
+        ) as pool,
         _forwarding() as stopped,
     ):
         futures: dict[Future[Outcome | None], str] = {}
         for job in jobs:
-            futures[pool.submit(run_job, job, out, keep)] = job.name
+            futures[pool.submit(_in_worker, job, out, keep)] = job.name
         try:
             for future in as_completed(futures):
                 if stopped():
@@ -300,6 +307,45 @@ def _side_by_side(jobs: Sequence[Job], out: Path, workers: int, keep: bool) -> R
             raise
         if stopped():
             yield "", None
+
+
+@dataclass
+class _Worker:
+    """State of a worker process."""
+
+    parent: int = 0
+    stopped: bool = False
+
+
+_worker = _Worker()
+
+
+def _stop_without(parent: int) -> None:
+    """In a worker: stop as if told to when the process that started it is gone.
+
+    A worker that goes on alone would train into folders that the next call trains into as well.
+    """
+    _worker.parent = parent
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)  # saves a checkpoint
+        time.sleep(GRACE)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _in_worker(job: Job, out: Path, keep: bool) -> Outcome | None:
+    # A stopped worker has jobs in its queue that nobody can take back.
+    if _worker.stopped:
+        return None
+    outcome = run_job(job, out, keep)
+    _worker.stopped = outcome is None
+    if os.getppid() != _worker.parent:
+        os._exit(1)
+    return outcome
 
 
 @contextmanager
