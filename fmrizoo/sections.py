@@ -72,17 +72,41 @@ class PrepareConfig:
         require(self.dummy_scans >= 0, f"prepare.dummy_scans must be ≥ 0, got {self.dummy_scans}")
 
 
+WINDOWS = ("fixed", "random")
+BALANCES = ("none", "subject")
+
+
+@dataclass
+class StoreConfig:
+    """One of several stores that are read together."""
+
+    path: str = ""  # folder that `fmrizoo prepare` wrote
+    weight: float | None = None  # its share of an epoch's clips; none has one: each clip once
+
+    def __post_init__(self) -> None:
+        require(
+            self.weight is None or 0 < self.weight < math.inf,
+            f"data.stores: a weight is a number > 0, got {self.weight}",
+        )
+
+
 @dataclass
 class DataConfig:
     """Which store is read and how clips are cut from its runs."""
 
     store: str = ""  # folder that `fmrizoo prepare` wrote
+    stores: dict[str, StoreConfig] = field(
+        default_factory=dict
+    )  # several at once, by data set: {ukb: {path: FOLDER, weight: 2}, abcd: {path: FOLDER, …}}
     select: dict[str, str] = field(
         default_factory=dict
     )  # BIDS entities to keep, {task: rest}; one of several values: {run: 1|2|3}
     clip_frames: int = 20  # frames in a clip (the source's SL)
     frame_stride: int = 1  # frames between two frames of a clip (SWS)
     clip_stride: float = 1.0  # clip starts, as a share of the clip's span; 0.5 = half overlap (SBS)
+    windows: str = "fixed"  # training clips: fixed | random (a new start for each, every epoch)
+    balance: str = "none"  # training clips: none | subject (each equally often, whatever its runs)
+    clips_per_visit: int = 1  # training clips taken of a run that is opened; more: fewer opens
     normalization: str = "znorm_minback"  # see fmrizoo.data.normalize
     threads: int = 2  # reader threads per rank
 
@@ -92,6 +116,32 @@ class DataConfig:
         require(self.frame_stride >= 1, f"data.frame_stride must be ≥ 1, got {self.frame_stride}")
         require(self.clip_stride > 0, f"data.clip_stride must be > 0, got {self.clip_stride}")
         require(self.threads >= 1, f"data.threads must be ≥ 1, got {self.threads}")
+        one_of("data.windows", self.windows, WINDOWS)
+        one_of("data.balance", self.balance, BALANCES)
+        require(
+            self.clips_per_visit >= 1,
+            f"data.clips_per_visit must be ≥ 1, got {self.clips_per_visit}",
+        )
+        self._check_stores()
+
+    def _check_stores(self) -> None:
+        require(
+            not (self.store and self.stores),
+            f"data.store={self.store} and data.stores ({', '.join(self.stores)}) both name data: "
+            "give one of them (data.store= or data.stores={} takes the other back)",
+        )
+        for name, one in self.stores.items():
+            require(
+                name.isascii() and name.isalnum(),
+                f"data.stores: {name!r} becomes part of subjects' names: use letters and digits",
+            )
+            require(bool(one.path), f"data.stores.{name} needs a path")
+        weights = [one.weight for one in self.stores.values()]
+        require(
+            None not in weights or not any(weights),
+            "data.stores: give every store a weight, or none (then each clip comes once an epoch): "
+            + ", ".join(f"{name} has {one.weight}" for name, one in self.stores.items()),
+        )
 
 
 @dataclass

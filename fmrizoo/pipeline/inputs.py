@@ -88,8 +88,16 @@ def loader(
 ) -> Loader:
     """Micro-batches of this rank (``world`` None: everything on one rank)."""
     rank, ranks = (world.rank, world.size) if world else (0, 1)
-    seed = recipe.train.seed
-    return Loader(table, recipe.data, micro, rank=rank, world=ranks, seed=seed, tasks=tuple(tasks))
+    return Loader(
+        table,
+        recipe.data,
+        micro,
+        rank=rank,
+        world=ranks,
+        seed=recipe.train.seed,
+        tasks=tuple(tasks),
+        lanes=recipe.train.batch_size,
+    )
 
 
 def whole(table: ClipTable, recipe: Recipe, tasks: Sequence[TaskSpec] = ()) -> Loader:

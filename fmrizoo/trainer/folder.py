@@ -40,6 +40,8 @@ SAFE_KEYS = frozenset(
 # But not once the validations decide which weights are exported, or how many steps are taken.
 _JUDGING_KEYS = ("train.patience", "train.keep_best")
 _JUDGED_KEYS = frozenset({"train.validate_every"})
+# Absent means the same in folders from before there were such settings.
+_LATER = {"data.windows": "fixed", "data.balance": "none", "data.clips_per_visit": 1}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -60,7 +62,12 @@ def deciding_keys(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
     safe = SAFE_KEYS - _JUDGED_KEYS if judged else SAFE_KEYS
     # None and an absent key mean the same: to_dict leaves the sections that are None out.
     return [
-        {k: v for k, v in keys.items() if k not in safe and v not in (None, {})} for keys in flat
+        {
+            k: v
+            for k, v in keys.items()
+            if k not in safe and v not in (None, {}) and not (k in _LATER and _LATER[k] == v)
+        }
+        for keys in flat
     ]
 
 
