@@ -267,17 +267,21 @@ def _event_clips(
 
 def _check_columns(runs: Sequence[RunInfo], columns: Sequence[Column]) -> None:
     """Every run has events; every column is known (an empty one of a single run is missing)."""
-    known: set[str] = set()
-    for run in runs:
-        if not run.events:
-            raise DataError(f"run {run.name} has no events, but task.source=events")
-        known.update(*run.events)
-    for column in columns:
-        if column.name not in known:
-            raise DataError(
-                f"events of {_counted(runs)} have no column {column.name!r} (or nothing in it)."
-                f"{suggest(column.name, sorted(known))}"
-            )
+    # Of several stores each: one that lacks a label must not be left out in silence.
+    for data_set in sorted({run.key.data_set for run in runs}):
+        own = [run for run in runs if run.key.data_set == data_set]
+        known: set[str] = set()
+        for run in own:
+            if not run.events:
+                raise DataError(f"run {run.name} has no events, but task.source=events")
+            known.update(*run.events)
+        where = f" of data.stores.{data_set}" if data_set else ""
+        for column in columns:
+            if column.name not in known:
+                raise DataError(
+                    f"events of {_counted(own)}{where} have no column {column.name!r} (or nothing "
+                    f"in it).{suggest(column.name, sorted(known))}"
+                )
 
 
 def _counted(runs: Sequence[RunInfo]) -> str:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ SAFE_KEYS = frozenset(
         "data.store",
     }
 )
+_MOVED = re.compile(r"data\.stores\.[^.]+\.path")  # as data.store
 # But not once the validations decide which weights are exported, or how many steps are taken.
 _JUDGING_KEYS = ("train.patience", "train.keep_best")
 _JUDGED_KEYS = frozenset({"train.validate_every"})
@@ -65,7 +67,10 @@ def deciding_keys(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             k: v
             for k, v in keys.items()
-            if k not in safe and v not in (None, {}) and not (k in _LATER and _LATER[k] == v)
+            if k not in safe
+            and not _MOVED.fullmatch(k)
+            and v not in (None, {})
+            and not (k in _LATER and _LATER[k] == v)
         }
         for keys in flat
     ]
