@@ -21,6 +21,8 @@ from fmrizoo.errors import RecipeError
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, Registry, suggest
 from fmrizoo.sections import CHECKPOINTING as CHECKPOINTING
 from fmrizoo.sections import NORMALIZATIONS as NORMALIZATIONS
+from fmrizoo.sections import AffineConfig as AffineConfig
+from fmrizoo.sections import AugmentConfig as AugmentConfig
 from fmrizoo.sections import DataConfig as DataConfig
 from fmrizoo.sections import PrepareConfig as PrepareConfig
 from fmrizoo.sections import SplitConfig as SplitConfig
@@ -145,6 +147,12 @@ class Recipe:
             not (moved and self.train.cache_features),
             "train.cache_features=true keeps the features of fixed clips, and data.windows=random "
             "moves them: use one of the two",
+        )
+        augment = self.data.augment
+        require(
+            not ((augment.on_device or augment.time_shift) and self.train.cache_features),
+            "train.cache_features=true keeps the features of unchanged clips, and data.augment "
+            "changes them: use one of the two",
         )
 
 

@@ -91,6 +91,50 @@ class StoreConfig:
 
 
 @dataclass
+class AffineConfig:
+    """Largest random movement of a head about the middle of its box, along or about each axis."""
+
+    rotate: float = 0.0  # degrees
+    translate: float = 0.0  # millimetres
+    scale: float = 0.0  # share: 0.1 draws from 0.9 to 1.1
+
+    def __post_init__(self) -> None:
+        for key, most in (("rotate", 180.0), ("translate", 1000.0), ("scale", 0.9)):
+            value = getattr(self, key)
+            require(
+                0 <= value <= most,
+                f"data.augment.affine.{key} must be between 0 and {most:g}, got {value}",
+            )
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of training clips on the device; validation and test never see them."""
+
+    affine: AffineConfig = field(default_factory=AffineConfig)
+    frequency: float = 0.0  # share of its amplitude that a random band of frequencies loses
+    intensity: float = 0.0  # share: brain values are stretched by 1 ± it, shifted by ± it × s.d.
+    noise: float = 0.0  # s.d. of white noise, as a share of the clip's s.d. over time
+    time_shift: int = 0  # frames that a clip starts earlier or later, at most; inside its run
+
+    def __post_init__(self) -> None:
+        for key, most in (("frequency", 1.0), ("intensity", 0.9), ("noise", math.inf)):
+            value = getattr(self, key)
+            require(
+                0 <= value <= most and value < math.inf,
+                f"data.augment.{key} must be ≥ 0"
+                f"{f' and ≤ {most:g}' if most < math.inf else ''}, got {value}",
+            )
+        require(self.time_shift >= 0, f"data.augment.time_shift ≥ 0, got {self.time_shift}")
+
+    @property
+    def on_device(self) -> bool:
+        """Whether voxels change (a shift in time only reads other frames)."""
+        moved = self.affine.rotate or self.affine.translate or self.affine.scale
+        return bool(moved or self.frequency or self.intensity or self.noise)
+
+
+@dataclass
 class DataConfig:
     """Which store is read and how clips are cut from its runs."""
 
@@ -107,6 +151,7 @@ class DataConfig:
     windows: str = "fixed"  # training clips: fixed | random (a new start for each, every epoch)
     balance: str = "none"  # training clips: none | subject (each equally often, whatever its runs)
     clips_per_visit: int = 1  # training clips taken of a run that is opened; more: fewer opens
+    augment: AugmentConfig = field(default_factory=AugmentConfig)  # training clips; all off
     normalization: str = "znorm_minback"  # see fmrizoo.data.normalize
     threads: int = 2  # reader threads per rank
 
@@ -122,6 +167,16 @@ class DataConfig:
             self.clips_per_visit >= 1,
             f"data.clips_per_visit must be ≥ 1, got {self.clips_per_visit}",
         )
+        require(
+            not (self.windows == "random" and self.augment.time_shift),
+            f"data.augment.time_shift={self.augment.time_shift} moves fixed windows; "
+            "data.windows=random already starts anywhere",
+        )
+        for key in ("noise", "frequency"):
+            require(
+                self.clip_frames > 1 or not getattr(self.augment, key),
+                f"data.augment.{key} needs clips of several frames, got data.clip_frames=1",
+            )
         self._check_stores()
 
     def _check_stores(self) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from fmrizoo.config import DataConfig
+from fmrizoo.data.augment import Augmentation
 from fmrizoo.data.batch import CompactBatch, CompactSample
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.codec import Array
@@ -107,6 +108,9 @@ class Loader:
         self._rank, self._world, self._seed, self._shuffle = rank, world, seed, shuffle
         self._random = config.windows == "random"
         self._config, self._lanes = config, lanes or world * micro_batch
+        self._augment: Augmentation | None = None
+        if config.augment.on_device:
+            self._augment = Augmentation(config.augment, table.runs[0].contract.voxel_size)
         self._threads = config.threads
         self._buffers = _Buffers(keep=(_AHEAD + 2) * micro_batch)
 
@@ -184,7 +188,8 @@ class Loader:
                     waiting.append([pool.submit(self._one, *c, training) for c in clips])
                 if not waiting:
                     return
-                yield CompactBatch([future.result() for future in waiting.popleft()])
+                samples = [future.result() for future in waiting.popleft()]
+                yield CompactBatch(samples, self._augment if training else None)
         finally:
             # Reached on exhaustion, on an error, and when the consumer drops the iterator.
             pool.shutdown(wait=True, cancel_futures=True)

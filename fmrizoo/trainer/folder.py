@@ -43,7 +43,18 @@ _MOVED = re.compile(r"data\.stores\.[^.]+\.path")  # as data.store
 _JUDGING_KEYS = ("train.patience", "train.keep_best")
 _JUDGED_KEYS = frozenset({"train.validate_every"})
 # Absent means the same in folders from before there were such settings.
-_LATER = {"data.windows": "fixed", "data.balance": "none", "data.clips_per_visit": 1}
+_LATER = {
+    "data.windows": "fixed",
+    "data.balance": "none",
+    "data.clips_per_visit": 1,
+    "data.augment.affine.rotate": 0.0,
+    "data.augment.affine.translate": 0.0,
+    "data.augment.affine.scale": 0.0,
+    "data.augment.frequency": 0.0,
+    "data.augment.intensity": 0.0,
+    "data.augment.noise": 0.0,
+    "data.augment.time_shift": 0,
+}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
