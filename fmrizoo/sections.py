@@ -154,6 +154,8 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # training clips; all off
     normalization: str = "znorm_minback"  # see fmrizoo.data.normalize
     threads: int = 2  # reader threads per rank
+    stage: str = ""  # folder on the node itself (/dev/shm): runs are copied there and read there
+    stage_keep: bool = False  # leave the copy there at the end
 
     def __post_init__(self) -> None:
         one_of("data.normalization", self.normalization, NORMALIZATIONS)

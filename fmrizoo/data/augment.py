@@ -183,7 +183,8 @@ def weaken_band(values: Tensor, counts: Sequence[int], bands: Tensor, strength: 
     """``values (t, v)`` whose amplitude in ``bands (t // 2 + 1, b)`` is ``1 − strength`` times."""
     factors = _each(1 - strength * bands.to(values.device, values.dtype), counts)
     spectrum = torch.fft.rfft(values, dim=0)
-    return torch.fft.irfft(spectrum * factors, n=len(values), dim=0)
+    weaker: Tensor = torch.fft.irfft(spectrum * factors, n=len(values), dim=0)
+    return weaker
 
 
 def draw_intensity(strength: float, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:

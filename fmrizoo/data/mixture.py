@@ -143,6 +143,10 @@ class Mixture(Store):
         """The folder of the store that holds ``run``."""
         return self._own[run.name][0].path
 
+    def stored(self, run: RunInfo) -> str:
+        """File of ``run`` below :meth:`home`."""
+        return self._own[run.name][1].file
+
     def reserve(self, readers: int) -> None:
         """Keep at least so many runs of each store open at a time."""
         for store in self.parts.values():

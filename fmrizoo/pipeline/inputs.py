@@ -13,6 +13,7 @@ from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.loader import Loader
 from fmrizoo.data.mixture import open_store
 from fmrizoo.data.splits import Split, make_split, unit_of
+from fmrizoo.data.staging import staged
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.types import Backbone, Grid, RunKey, TaskSpec
@@ -60,6 +61,9 @@ def open_data(recipe: Recipe) -> JobData:
     """
     store = open_store(recipe.data)
     runs = store.select(recipe.data.select)
+    if recipe.data.stage:
+        store = staged(store, runs, Path(recipe.data.stage), keep=recipe.data.stage_keep)
+        runs = store.select(recipe.data.select)
     return JobData(store, runs, make_split(store, runs, recipe.split))
 
 

@@ -36,6 +36,8 @@ SAFE_KEYS = frozenset(
         "train.device",
         "data.threads",
         "data.store",
+        "data.stage",
+        "data.stage_keep",
     }
 )
 _MOVED = re.compile(r"data\.stores\.[^.]+\.path")  # as data.store
