@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from typer.testing import CliRunner
 
 from fmrizoo import pipeline
 from fmrizoo.config import DataConfig
@@ -201,3 +202,14 @@ def test_pretraining_from_a_copy(store: Store, node: Path, tmp_path: Path) -> No
     assert copies(node) == []
     rows = (tmp_path / "copied/metrics.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["step"] == 2
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_the_command_line_stages(command: str, store: Store, node: Path, tmp_path: Path) -> None:
+    from fmrizoo.cli import app
+
+    given = [command, f"{command}/haxby_slice", f"data.store={store.path}"]
+    asked = [*given, "--out", str(tmp_path / "run"), "--stage", str(node / "nowhere")]
+    done = CliRunner().invoke(app, asked)
+    assert isinstance(done.exception, DataError)
+    assert "nowhere is no folder" in str(done.exception)
