@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrizoo.config import DataConfig, TaskConfig
+from fmrizoo.config import DataConfig, TaskConfig, to_dict
 from fmrizoo.data.clips import ClipTable, clip_span
 from fmrizoo.data.draw import Order
 from fmrizoo.data.loader import Loader
 from fmrizoo.data.order import permuted
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
+from fmrizoo.trainer.folder import deciding_keys
 from fmrizoo.types import RunKey
 from fmrizoo.zoo import load_recipe
 
@@ -239,3 +240,17 @@ class _NoStore:
 
 def _quiet(table: ClipTable) -> ClipTable:
     return replace(table, store=cast(Store, _NoStore()))
+
+
+def test_folders_from_before_these_settings_still_resume() -> None:
+    now = to_dict(load_recipe("pretrain/haxby_slice"))
+    data = now["data"]
+    new = ("stores", "windows", "balance", "clips_per_visit", "augment", "stage", "stage_keep")
+    old = {**now, "data": {key: value for key, value in data.items() if key not in new}}
+    before, after = deciding_keys(old, now)
+    assert before == after
+    for key, value in [("windows", "random"), ("balance", "subject"), ("clips_per_visit", 2)]:
+        changed = {**now, "data": {**data, key: value}}
+        assert deciding_keys(changed)[0] != after
+    noisy = {**now, "data": {**data, "augment": {**data["augment"], "noise": 0.1}}}
+    assert deciding_keys(noisy)[0] != after
