@@ -21,9 +21,12 @@ from fmrizoo.errors import RecipeError
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, Registry, suggest
 from fmrizoo.sections import CHECKPOINTING as CHECKPOINTING
 from fmrizoo.sections import NORMALIZATIONS as NORMALIZATIONS
+from fmrizoo.sections import AffineConfig as AffineConfig
+from fmrizoo.sections import AugmentConfig as AugmentConfig
 from fmrizoo.sections import DataConfig as DataConfig
 from fmrizoo.sections import PrepareConfig as PrepareConfig
 from fmrizoo.sections import SplitConfig as SplitConfig
+from fmrizoo.sections import StoreConfig as StoreConfig
 from fmrizoo.sections import SweepConfig as SweepConfig
 from fmrizoo.sections import TaskConfig as TaskConfig
 from fmrizoo.sections import TrainConfig as TrainConfig
@@ -133,6 +136,23 @@ class Recipe:
         require(
             self.objective is None or self.head is None,
             "a recipe has an objective (pretraining) or a head (fine-tuning), not both",
+        )
+        moved = self.data.windows == "random"
+        require(
+            not (moved and self.head is not None and self.task.source == "events"),
+            "data.windows=random would move clips off their events: use fixed windows, or "
+            "task.source=participants",
+        )
+        require(
+            not (moved and self.train.cache_features),
+            "train.cache_features=true keeps the features of fixed clips, and data.windows=random "
+            "moves them: use one of the two",
+        )
+        augment = self.data.augment
+        require(
+            not ((augment.on_device or augment.time_shift) and self.train.cache_features),
+            "train.cache_features=true keeps the features of unchanged clips, and data.augment "
+            "changes them: use one of the two",
         )
 
 

@@ -21,6 +21,7 @@ from fmrizoo import __version__
 from fmrizoo.config import DataConfig, Recipe
 from fmrizoo.data.batch import CompactBatch, CompactSample, RunDecode
 from fmrizoo.data.clips import ClipTable, clip_span
+from fmrizoo.data.mixture import open_store
 from fmrizoo.data.normalize import loaded_contract, to_source
 from fmrizoo.data.spatial import as_image
 from fmrizoo.data.splits import Split
@@ -107,7 +108,7 @@ def write_forecast(
     source = model_folder(folder)
     info = read_info(source)
     recipe = _recipe(info.recipe, overrides, folder)
-    store = Store(recipe.data.store)
+    store = open_store(recipe.data)
     chosen = store[run] if run else _held_out(folder, store)
     mode = recipe.data.normalization
     check_contract(info.contract, loaded_contract(chosen.contract, mode), source, store.path)
@@ -177,8 +178,6 @@ def _recipe(values: dict[str, Any], overrides: Sequence[str], folder: Path) -> R
             f"the model in {folder} was trained with objective={recipe.objective.name}, which does "
             "not teach it to forecast: give a run with objective=autoregressive"
         )
-    if not recipe.data.store:
-        raise RecipeError("data.store is empty: add data.store=FOLDER")
     return recipe
 
 

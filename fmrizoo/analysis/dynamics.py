@@ -19,6 +19,7 @@ from fmrizoo.analysis.autocorrelation import (
 from fmrizoo.config import Recipe
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.loader import Loader
+from fmrizoo.data.mixture import open_store
 from fmrizoo.data.splits import Split
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, FmrizooError
@@ -79,7 +80,7 @@ def _held_out(run: Path, store: Store) -> list[RunInfo]:
 
 def _table(run: Path, recipe: Recipe, backbone: Backbone, frames: int | None) -> ClipTable:
     """Clips that do not overlap, as long as the model takes them."""
-    runs = _held_out(run, store := Store(recipe.data.store))
+    runs = _held_out(run, store := open_store(recipe.data))
     shortest = min(r.n_frames for r in runs)
     if backbone.any_length:
         length = (min(frames or shortest, shortest) - 1) // recipe.data.frame_stride + 1

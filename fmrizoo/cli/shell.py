@@ -45,6 +45,13 @@ RecipeNames = Annotated[
 EveryFold = Annotated[
     bool, typer.Option("--every-fold", help="One run per fold of the split, below --out.")
 ]
+Stage = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder on each node, such as /dev/shm: runs are copied there and read there.",
+        show_default=False,
+    ),
+]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs with as many consecutive seeds.")]
 
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Models trained side by side.")]

@@ -18,6 +18,7 @@ from fmrizoo.cli.shell import (
     RecipeName,
     RecipeNames,
     Seeds,
+    Stage,
     app,
     err,
     out,
@@ -67,6 +68,10 @@ def _jobs(
     return planned
 
 
+def _with_stage(overrides: list[str] | None, stage: str | None) -> list[str]:
+    return [*(overrides or []), *([f"data.stage={stage}"] if stage else [])]
+
+
 def _told_once(jobs: list[_Job]) -> Iterator[_Job]:
     """The jobs one by one; what the first says about itself holds for the others."""
     for number, job in enumerate(jobs):
@@ -83,11 +88,13 @@ def pretrain(
     folder: Out,
     every_fold: EveryFold = False,
     seeds: Seeds = 1,
+    stage: Stage = None,
 ) -> None:
     """Train a backbone with an objective; the same command resumes."""
     from fmrizoo.pipeline import pretrain as run
 
-    for job in _told_once(_jobs(recipe, overrides, folder, every_fold, seeds)):
+    given = _with_stage(overrides, stage)
+    for job in _told_once(_jobs(recipe, given, folder, every_fold, seeds)):
         with progress(f"pretrain {job.label}") as update:
             result = run(job.recipe, job.folder, on_step=_step_note(update))
         _stop_if_interrupted(result.interrupted, job.folder)
@@ -129,6 +136,7 @@ def finetune(
     folder: Out,
     every_fold: EveryFold = False,
     seeds: Seeds = 1,
+    stage: Stage = None,
     name: Annotated[
         str | None, typer.Option(help="Row name in tables.", show_default=False)
     ] = None,
@@ -137,7 +145,8 @@ def finetune(
     from fmrizoo.pipeline import finetune as run
 
     results: list[Result] = []
-    for job in _told_once(_jobs(recipe, overrides, folder, every_fold, seeds)):
+    given = _with_stage(overrides, stage)
+    for job in _told_once(_jobs(recipe, given, folder, every_fold, seeds)):
         with progress(f"finetune {job.label}") as update:
             result = run(job.recipe, job.folder, name=name, on_step=_step_note(update))
         if result is None:

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from fmrizoo.data.augment import Augmentation
 from fmrizoo.data.clips import Labels
 from fmrizoo.data.codec import Array
 from fmrizoo.data.normalize import voxel_affine
@@ -161,7 +162,18 @@ class Clips(Generic[Known]):
 
 
 class CompactBatch(Clips[CompactSample]):
-    """Samples of one micro-batch."""
+    """Samples of one micro-batch.
+
+    Args:
+        samples: The clips.
+        augment: What changes training clips on their device, if anything.
+    """
+
+    def __init__(
+        self, samples: Sequence[CompactSample], augment: Augmentation | None = None
+    ) -> None:
+        super().__init__(samples)
+        self._augment = augment
 
     def to_batch(
         self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
@@ -170,8 +182,18 @@ class CompactBatch(Clips[CompactSample]):
 
         They stay compact until ``bold`` is read: ``(b, 1, x, y, z, t)`` over memory in the order
         b, t, x, y, z.
+
+        Raises:
+            DataError: a random movement that takes a brain out of its box.
         """
         device = torch.device(device)
+        if self._augment is None:
+            return self._normalised(device, dtype)
+        # Changed in float32, rounded once.
+        seeds = [s.seed for s in self.samples]
+        return self._augment(self._normalised(device, torch.float32), seeds).to(device, dtype)
+
+    def _normalised(self, device: torch.device, dtype: torch.dtype) -> Batch:
         runs = [s.decode.on(device) for s in self.samples]
         voxels = Voxels(
             values=torch.cat([_decode(s, device, dtype) for s in self.samples], 1),

@@ -42,6 +42,7 @@ class ClipTable:
             without a task.
         units: ``n`` names of what predictions are averaged over; None: the run's name.
         targets: Names of the targets, in the order of ``labels``.
+        anchored: Clips belong where they are (events) and may not be moved within their run.
     """
 
     store: Store
@@ -53,6 +54,7 @@ class ClipTable:
     labels: tuple[Labels, ...] | None = None
     units: tuple[str, ...] | None = None
     targets: tuple[str, ...] = ()
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         if len(self) == 0:
@@ -110,13 +112,15 @@ class ClipTable:
     def windows(cls, store: Store, runs: Sequence[RunInfo], config: DataConfig) -> ClipTable:
         """Every window of every run: for pretraining.
 
-        Starts are ``clip_stride`` × the clip's span apart (at least one frame); overlap moves
-        the starts and never changes a clip's length.
+        Starts are ``clip_stride`` × ``clip_frames`` × ``frame_stride`` frames apart (rounded, at
+        least one), from frame 0 to the last that leaves room for a whole clip. Overlap moves the
+        starts and never changes a clip's length or its inner stride.
 
         Raises:
-            DataError: no runs, a run shorter than one clip, or runs of different grids.
+            DataError: no runs, runs shorter than one clip (all named), or runs of different grids.
         """
         runs = _chosen(runs)
+        _check_lengths(runs, config)
         starts = [_starts(run, config) for run in runs]
         number = [np.full(len(s), i) for i, s in enumerate(starts)]
         return cls(
@@ -165,6 +169,7 @@ class ClipTable:
             tuple(r.labels for r in rows),
             tuple(r.unit for r in rows),
             tuple(column.name for column in columns),
+            task.source == "events",
         )
 
 
@@ -187,16 +192,28 @@ def clip_span(config: DataConfig) -> int:
     return (config.clip_frames - 1) * config.frame_stride + 1
 
 
+def clip_room(run: RunInfo, clip_frames: int, frame_stride: int) -> int:
+    """How many different first frames a clip can have in ``run``."""
+    return max(0, run.n_frames - (clip_frames - 1) * frame_stride)
+
+
+def _check_lengths(runs: Sequence[RunInfo], config: DataConfig) -> None:
+    """No run may be too short for a clip; every one that is gets named."""
+    short = [run for run in runs if run.n_frames < clip_span(config)]
+    if not short:
+        return
+    shown = ", ".join(f"{run.name} ({run.n_frames})" for run in short[1:])
+    others = f"; so are {shown}" if shown else ""
+    raise DataError(
+        f"run {short[0].name} has {short[0].n_frames} frames, a clip spans {clip_span(config)} "
+        f"(data.clip_frames={config.clip_frames}, data.frame_stride={config.frame_stride}){others}:"
+        f" shorten the clip or leave {'these runs' if shown else 'the run'} out"
+    )
+
+
 def _starts(run: RunInfo, config: DataConfig) -> NDArray[np.int64]:
-    last = run.n_frames - clip_span(config)
-    if last < 0:
-        raise DataError(
-            f"run {run.name} has {run.n_frames} frames, a clip spans {clip_span(config)} "
-            f"(data.clip_frames={config.clip_frames}, data.frame_stride={config.frame_stride}): "
-            f"shorten the clip or leave the run out"
-        )
     step = max(1, round(config.clip_stride * config.clip_frames * config.frame_stride))
-    return np.arange(0, last + 1, step)
+    return np.arange(0, run.n_frames - clip_span(config) + 1, step)
 
 
 def _either(columns: Sequence[Column]) -> str:
@@ -250,17 +267,21 @@ def _event_clips(
 
 def _check_columns(runs: Sequence[RunInfo], columns: Sequence[Column]) -> None:
     """Every run has events; every column is known (an empty one of a single run is missing)."""
-    known: set[str] = set()
-    for run in runs:
-        if not run.events:
-            raise DataError(f"run {run.name} has no events, but task.source=events")
-        known.update(*run.events)
-    for column in columns:
-        if column.name not in known:
-            raise DataError(
-                f"events of {_counted(runs)} have no column {column.name!r} (or nothing in it)."
-                f"{suggest(column.name, sorted(known))}"
-            )
+    # Of several stores each: one that lacks a label must not be left out in silence.
+    for data_set in sorted({run.key.data_set for run in runs}):
+        own = [run for run in runs if run.key.data_set == data_set]
+        known: set[str] = set()
+        for run in own:
+            if not run.events:
+                raise DataError(f"run {run.name} has no events, but task.source=events")
+            known.update(*run.events)
+        where = f" of data.stores.{data_set}" if data_set else ""
+        for column in columns:
+            if column.name not in known:
+                raise DataError(
+                    f"events of {_counted(own)}{where} have no column {column.name!r} (or nothing "
+                    f"in it).{suggest(column.name, sorted(known))}"
+                )
 
 
 def _counted(runs: Sequence[RunInfo]) -> str:
@@ -300,6 +321,7 @@ def _subject_clips(
     if without := sorted({r.subject for r in runs if people.get(r.subject, empty) == empty}):
         said = f"{len(without)} subjects have no {_either(columns)} in participants.tsv and are "
         _warn_once(store.path, f"{said}left out: {', '.join(without)}")
+    _check_lengths([run for run in runs if run.subject not in without], config)
     for i, run in enumerate(runs):
         if run.subject in without:
             continue

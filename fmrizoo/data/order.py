@@ -9,6 +9,7 @@ from __future__ import annotations
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 6
+_PARTS = 0x7061727473
 
 
 def mix(value: int) -> int:
@@ -43,3 +44,14 @@ def sample_seed(seed: int, position: int) -> int:
     """A non-negative int64 for the sample at a global position: seeds its masks and the like."""
     # Hashed twice: with one hash each, (seed, position) and (position, seed) would be the same.
     return mix(mix(mix(seed & _MASK)) ^ mix(position)) >> 1
+
+
+def derived(seed: int, which: int) -> int:
+    """Another seed for part ``which`` of what ``seed`` decides."""
+    # A sum where permuted and sample_seed use xor, so that none of them meets another's keys.
+    return mix(mix(seed & _MASK) + mix(which ^ _PARTS))
+
+
+def uniform(seed: int, n: int, salt: int = 0) -> int:
+    """A number in 0 … n − 1 that a sample's seed decides (``n`` far below 2⁶⁴)."""
+    return derived(seed, salt) % n

@@ -135,6 +135,9 @@ def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Sp
     of every larger one; validation and test stay as they are. With ``config.file`` that split
     is read instead and checked against the store.
 
+    Several stores (``data.stores``) are split one by one, each as it would be on its own: a model
+    pretrained on all of them can be tested on the test part of any.
+
     Raises:
         DataError: fewer units than folds, or none left to train on.
     """
@@ -142,13 +145,28 @@ def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Sp
         split = Split.load(Path(config.file))
         split.check(store)
         return split
+    sets: dict[str, list[RunInfo]] = {}
+    for run in runs:
+        sets.setdefault(run.key.data_set, []).append(run)
+    drawn = [_draw(own, config, name) for name, own in sorted(sets.items())]
+    train, validation, test = (
+        sorted(n for part in parts for n in part) for parts in zip(*drawn, strict=True)
+    )
+    split = Split(train, validation, test, config)
+    split.check(store)
+    return split
+
+
+def _draw(runs: Sequence[RunInfo], config: SplitConfig, data_set: str) -> tuple[list[str], ...]:
+    """Names of the training, validation and test runs of one store."""
+    where = f" of {data_set}" if data_set else ""
     units: dict[str, list[str]] = {}
     for run in runs:
         units.setdefault(unit_of(run.key, config.by), []).append(run.name)
     if len(units) < config.folds:
         raise DataError(
             f"split.folds={config.folds} needs at least as many units, but the {len(runs)} chosen "
-            f"runs are {len(units)} {config.by}(s): lower split.folds or change split.by"
+            f"runs{where} are {len(units)} {config.by}(s): lower split.folds or change split.by"
         )
     order = np.random.default_rng(config.seed).permutation(len(units))
     names = [sorted(units)[i] for i in order]
@@ -159,18 +177,15 @@ def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Sp
     held_out = max(1, round(config.validation * len(rest))) if config.validation > 0 else 0
     if held_out >= len(rest):
         raise DataError(
-            f"{len(names)} {config.by}(s) in {config.folds} folds leave {len(rest)} beside the test"
-            f" part and {held_out} of them for validation: nothing is left to train on; lower "
-            f"split.validation"
+            f"{len(names)} {config.by}(s){where} in {config.folds} folds leave {len(rest)} beside "
+            f"the test part and {held_out} of them for validation: nothing is left to train on; "
+            f"lower split.validation"
         )
     train_names = rest[held_out:]
     if config.train_units > len(train_names):
         raise DataError(
-            f"split.train_units={config.train_units}, but the training part of fold {config.fold} "
-            f"has {len(train_names)} {config.by}(s)"
+            f"split.train_units={config.train_units}, but the training part of fold {config.fold}"
+            f"{where} has {len(train_names)} {config.by}(s)"
         )
     parts = (train_names[: config.train_units or None], rest[:held_out], test)
-    train, validation, test = (sorted(n for u in part for n in units[u]) for part in parts)
-    split = Split(train, validation, test, config)
-    split.check(store)
-    return split
+    return tuple([n for u in part for n in units[u]] for part in parts)

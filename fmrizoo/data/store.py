@@ -239,6 +239,14 @@ class Store:
                 self._open.popitem(last=False)
         return reader
 
+    def home(self, run: RunInfo) -> Path:
+        """The folder that holds ``run``."""
+        return self.path
+
+    def reserve(self, readers: int) -> None:
+        """Keep at least so many runs open at a time."""
+        self._capacity = max(self._capacity, readers)
+
     def close(self) -> None:
         """Forget the cached readers; each file closes when its last user is done."""
         with self._lock:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fmrizoo.config import DataConfig
 from fmrizoo.data.batch import ClipFacts
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.loader import Loader
+from fmrizoo.data.mixture import open_store
 from fmrizoo.data.splits import Split
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
@@ -303,12 +304,14 @@ def embed(
     if batch_size < 1:
         raise DataError(f"clips at a time must be ≥ 1, got {batch_size}")
     config = load_recipe(read_info(model_folder(model)).recipe).data
-    changes = {"store": store, "select": select, "clip_stride": clip_stride}
+    changes: dict[str, Any] = {"store": store, "select": select, "clip_stride": clip_stride}
     changes = {key: value for key, value in changes.items() if value is not None}
-    config = replace(config, **cast(dict[str, Any], changes))
-    if not str(config.store):
+    if store is not None:
+        changes["stores"] = {}  # a single store takes the place of several
+    config = replace(config, **changes)
+    if not str(config.store) and not config.stores:
         raise RecipeError("the model's recipe names no store: say which one to embed")
-    opened = Store(config.store)
+    opened = open_store(config)
     where = resolve_device(device, World())
     embedder = Embedder(model, pool=pool, stage=stage, atlas=atlas, device=where)
     runs = opened.select(config.select)

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from fmrizoo.config import ParametrizationConfig, Recipe
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.loader import Loader
+from fmrizoo.data.mixture import open_store
 from fmrizoo.data.splits import Split, make_split, unit_of
+from fmrizoo.data.staging import staged
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.types import Backbone, Grid, RunKey, TaskSpec
@@ -51,16 +53,17 @@ class JobData:
 
 
 def open_data(recipe: Recipe) -> JobData:
-    """Open the recipe's store and draw (or read) its split.
+    """Open the recipe's store (or stores) and draw (or read) its split.
 
     Raises:
         RecipeError: no store is named.
         DataError, CorruptStoreError: unusable data.
     """
-    if not recipe.data.store:
-        raise RecipeError("data.store is empty: add data.store=FOLDER (made by `fmrizoo prepare`)")
-    store = Store(recipe.data.store)
+    store = open_store(recipe.data)
     runs = store.select(recipe.data.select)
+    if recipe.data.stage:
+        store = staged(store, runs, Path(recipe.data.stage), keep=recipe.data.stage_keep)
+        runs = store.select(recipe.data.select)
     return JobData(store, runs, make_split(store, runs, recipe.split))
 
 
@@ -88,8 +91,27 @@ def loader(
 ) -> Loader:
     """Micro-batches of this rank (``world`` None: everything on one rank)."""
     rank, ranks = (world.rank, world.size) if world else (0, 1)
-    seed = recipe.train.seed
-    return Loader(table, recipe.data, micro, rank=rank, world=ranks, seed=seed, tasks=tuple(tasks))
+    found = Loader(
+        table,
+        recipe.data,
+        micro,
+        rank=rank,
+        world=ranks,
+        seed=recipe.train.seed,
+        tasks=tuple(tasks),
+        lanes=recipe.train.batch_size,
+    )
+    if world and recipe.data.stores:
+        for share in found.order.shares:
+            log.info(
+                "%s: %d clips, %d of the %d of an epoch (%.1f %%)",
+                share.data_set,
+                share.clips,
+                share.draws,
+                len(found.order),
+                100 * share.draws / len(found.order),
+            )
+    return found
 
 
 def whole(table: ClipTable, recipe: Recipe, tasks: Sequence[TaskSpec] = ()) -> Loader:
@@ -209,7 +231,11 @@ def check_contract(contract: Any, table: ClipTable, recipe: Recipe, source: Path
 def _check_leak(seen: Sequence[str], data: JobData, parts: Sequence[str]) -> None:
     """Refuse an encoder that was trained on units of ``parts``, even without their labels."""
     by = data.split.config.by
-    known = {unit_of(RunKey.parse(name), by) for name in seen}
+    keys = [RunKey.parse(name) for name in seen]
+    known = {unit_of(key, by) for key in keys}
+    # Where only one side says its data set, equal labels may or may not be one person.
+    unnamed = {unit_of(key.bare, by): key for key in keys if not key.data_set}
+    named = {unit_of(key.bare, by): key for key in keys if key.data_set}
     for part in parts:
         for run in data.part(part):
             if unit_of(run.key, by) in known:
@@ -217,4 +243,13 @@ def _check_leak(seen: Sequence[str], data: JobData, parts: Sequence[str]) -> Non
                     f"the encoder has seen {run.name} in pretraining, which is in the {part} part "
                     "of this split: pretrain with the same split settings (split.seed, split.folds,"
                     " split.fold), or start from another encoder"
+                )
+            other = (unnamed if run.key.data_set else named).get(unit_of(run.key.bare, by))
+            if other is not None:
+                which = other.data_set or run.key.data_set
+                raise DataError(
+                    f"the encoder has seen {other} in pretraining, and {run.name} of the {part} "
+                    "part may be the same person: name the data set on both sides, with "
+                    f"data.stores={{{which}: {{path: …}}}} in place of data.store where it is "
+                    f"{which}, with another name where it is not"
                 )

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,11 +36,27 @@ SAFE_KEYS = frozenset(
         "train.device",
         "data.threads",
         "data.store",
+        "data.stage",
+        "data.stage_keep",
     }
 )
+_MOVED = re.compile(r"data\.stores\.[^.]+\.path")  # as data.store
 # But not once the validations decide which weights are exported, or how many steps are taken.
 _JUDGING_KEYS = ("train.patience", "train.keep_best")
 _JUDGED_KEYS = frozenset({"train.validate_every"})
+# Absent means the same in folders from before there were such settings.
+_LATER = {
+    "data.windows": "fixed",
+    "data.balance": "none",
+    "data.clips_per_visit": 1,
+    "data.augment.affine.rotate": 0.0,
+    "data.augment.affine.translate": 0.0,
+    "data.augment.affine.scale": 0.0,
+    "data.augment.frequency": 0.0,
+    "data.augment.intensity": 0.0,
+    "data.augment.noise": 0.0,
+    "data.augment.time_shift": 0,
+}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -60,7 +77,15 @@ def deciding_keys(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
     safe = SAFE_KEYS - _JUDGED_KEYS if judged else SAFE_KEYS
     # None and an absent key mean the same: to_dict leaves the sections that are None out.
     return [
-        {k: v for k, v in keys.items() if k not in safe and v not in (None, {})} for keys in flat
+        {
+            k: v
+            for k, v in keys.items()
+            if k not in safe
+            and not _MOVED.fullmatch(k)
+            and v not in (None, {})
+            and not (k in _LATER and _LATER[k] == v)
+        }
+        for keys in flat
     ]
 
 

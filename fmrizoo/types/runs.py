@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fmrizoo.errors import DataError
+
+# Between the name of a data set and a subject's label; no BIDS label can hold it.
+_OF = ":"
 
 
 @dataclass(frozen=True)
 class RunKey:
-    """BIDS identity of one run. ``str()`` gives the BIDS-like name used in splits and tables."""
+    """BIDS identity of one run. ``str()`` gives the BIDS-like name used in splits and tables.
+
+    Where several stores are read at once, the subject carries its data set's name: subject 001 of
+    ``ukb`` is ``ukb:001``, its runs are ``sub-ukb:001_task-rest``.
+    """
 
     subject: str
     session: str = ""
@@ -38,3 +45,17 @@ class RunKey:
         fields_ = {known[k]: v for k, v in found.items() if k in known}
         extra = tuple((k, v) for k, v in found.items() if k not in known and k != "sub")
         return cls(found["sub"], extra=extra, **fields_)
+
+    @property
+    def data_set(self) -> str:
+        """Name of the data set that the subject is from; empty where it was not named."""
+        return self.subject.partition(_OF)[0] if _OF in self.subject else ""
+
+    @property
+    def bare(self) -> RunKey:
+        """The same run without its data set's name."""
+        return replace(self, subject=self.subject.rpartition(_OF)[2])
+
+    def within(self, data_set: str) -> RunKey:
+        """The same run as one of ``data_set``."""
+        return replace(self, subject=f"{data_set}{_OF}{self.subject}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fmrizoo.data.order import permuted, sample_seed
+from fmrizoo.data.order import derived, permuted, sample_seed, uniform
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 100, 1023, 1024, 1025])
@@ -46,3 +46,10 @@ def test_sample_seeds_are_distinct_int64() -> None:
     seeds = {sample_seed(s, p) for s in range(4) for p in range(5000)}
     assert len(seeds) == 20000
     assert min(seeds) >= 0 and max(seeds) < 2**63
+
+
+def test_derived_seeds_differ() -> None:
+    seeds = {derived(s, k) for s in range(50) for k in range(200)}
+    assert len(seeds) == 10000
+    draws = np.bincount([uniform(sample_seed(1, p), 7) for p in range(7000)], minlength=7)
+    assert ((draws - 1000) ** 2 / 1000).sum() < 6 + 6 * np.sqrt(12)
