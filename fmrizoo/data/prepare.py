@@ -116,7 +116,7 @@ def prepare(
     folder = resolve_source(source)
     runs = find_runs(folder, config)
     job = _Job(out, config, PrepareReport(out), len(runs), on_progress)
-    with _locked(out):
+    with locked(out):
         old = _existing(out, runs, config)
         subjects: dict[str, list[RunFile]] = {}
         for run in runs:
@@ -263,7 +263,7 @@ def _intact(path: Path, entry: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """One writer (prepare or repair) per store; the lock dies with the process."""
     lock = _lock(out)
     try:
@@ -363,10 +363,7 @@ def _publish(
     """
     from fmrizoo import __version__
 
-    folder = source if source.is_dir() else source.parent
-    participants = folder / PARTICIPANTS
-    if not participants.is_file() and folder.parent.name == "derivatives":
-        participants = folder.parent.parent / PARTICIPANTS  # fMRIPrep leaves it in the raw folder
+    participants = participants_of(source)
     taken = {e["file"] for e in old.values()}
     places: dict[str, str] = {}
     for name in staged:
@@ -376,7 +373,7 @@ def _publish(
     try:
         for name in staged:
             os.replace(out / STAGING / name, out / places[name])
-        if participants.is_file():
+        if participants is not None:
             write_atomic(out / PARTICIPANTS, participants.read_bytes())
     except OSError as error:
         raise DataError(f"cannot write to {out}: {error.strerror}") from error
@@ -384,6 +381,15 @@ def _publish(
     for leftover in (out / STAGING).glob("sub-*.h5"):
         leftover.unlink()  # subjects staged by an earlier call that this one did not ask for
     return entries
+
+
+def participants_of(source: Path) -> Path | None:
+    """participants.tsv of a source, if it has one."""
+    folder = source if source.is_dir() else source.parent
+    file = folder / PARTICIPANTS
+    if not file.is_file() and folder.parent.name == "derivatives":
+        file = folder.parent.parent / PARTICIPANTS  # fMRIPrep leaves it in the raw folder
+    return file if file.is_file() else None
 
 
 def free_name(name: str, taken: Iterable[str]) -> str:

@@ -56,6 +56,7 @@ class RunReader:
         dtype: Of the stored numbers.
         row: Items in a row of :meth:`read_compact` (``n_vox`` and padding).
         meta: Everything that was stored about the run.
+        meta_crc32: Checksum of the metadata and small arrays, as stored (and compared).
         decoder: Per-voxel offset, scale, mean, s.d.
 
     Raises:
@@ -101,6 +102,7 @@ class RunReader:
             raise self._corrupt("has damaged metadata (checksum differs)")
         if expected is not None and stored != expected:
             raise self._corrupt("was written after the index: run prepare again")
+        self.meta_crc32 = stored
         self.meta: dict[str, Any] = json.loads(text)
         self.n_frames, self.n_vox = int(self.meta["n_frames"]), int(self.meta["n_vox"])
         x, y, z = self.meta["grid"]
