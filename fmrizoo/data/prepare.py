@@ -267,7 +267,7 @@ def locked(out: Path) -> Iterator[None]:
     """One writer (prepare or repair) per store; the lock dies with the process."""
     lock = _lock(out)
     try:
-        for leftover in (out / STAGING).glob(f".*{PART}"):
+        for leftover in [*out.glob(f".*{PART}"), *(out / STAGING).glob(f".*{PART}")]:
             log.warning("removing %s, left by an interrupted prepare", leftover)
             leftover.unlink()
         yield
