@@ -38,6 +38,14 @@ _MALFORMED = (
     MemoryError,
 )
 _ENTITIES = ("subject", "session", "task", "acquisition", "run")
+# What the index says of a run, by type; the rest is checked by the types it becomes.
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "file", "uuid", "kind"), (str,)),
+    **dict.fromkeys(("n_frames", "n_vox", "meta_crc32"), (int,)),
+    **dict.fromkeys(("tr", "quantisation_error"), (int, float)),
+    **dict.fromkeys(("statistics", "fingerprint", "key"), (dict,)),
+    **dict.fromkeys(("events", "affine"), (list,)),
+}
 _SHORT = {"sub": "subject", "ses": "session", "acq": "acquisition"}
 _OTHER = ("dir", "echo", "rec", "res", "ce", "part", "space", "den", "hemi", "recording")
 
@@ -189,15 +197,31 @@ def described(path: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[RunInfo
         CorruptStoreError: an entry that ``prepare`` cannot have written.
     """
     try:
+        for entry in entries:
+            _check_types(entry)
         runs = tuple(map(RunInfo.from_entry, entries))
-        outside = [run.file for run in runs if Path(run.file).name != run.file]
+        outside = [run.file for run in runs if Path(run.file).name != run.file or "\0" in run.file]
     except _MALFORMED as error:
         raise CorruptStoreError(
             f"{path / INDEX} has an entry that is not a run's ({_said(error)}): run prepare again"
         ) from None
     if outside:
-        raise CorruptStoreError(f"{path / INDEX} names {outside[0]!r}, outside the store")
+        raise CorruptStoreError(f"{path / INDEX} names {outside[0]!r}, which is no file of a store")
+    if len({run.name for run in runs}) < len(runs):
+        raise CorruptStoreError(f"{path / INDEX} lists a run twice: run prepare again")
     return runs
+
+
+def _check_types(entry: Mapping[str, Any]) -> None:
+    """Raise TypeError for a value of another type than ``prepare`` writes."""
+    for name, kinds in _TYPES.items():
+        if not isinstance(entry[name], kinds):
+            raise TypeError(f"{name} is {entry[name]!r}")
+    texts = [v for k, v in entry["key"].items() if k != "extra"]
+    if not all(isinstance(v, str) for v in texts) or not all(
+        isinstance(row, dict) for row in entry["events"]
+    ):
+        raise TypeError("key or events")
 
 
 def _said(error: BaseException) -> str:

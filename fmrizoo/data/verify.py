@@ -100,11 +100,12 @@ def verify(
     """
     folder, start = Path(path), time.perf_counter()
     result = Verification(folder)
+    body: Mapping[str, Any] | None = None
     try:
-        body: Mapping[str, Any] | None = read_index_body(folder)
-        described(folder, body["runs"])
+        content = read_index_body(folder)
+        described(folder, content["runs"])
+        body = content
     except CorruptStoreError as error:
-        body = None
         result.findings.append(Finding(INDEX, "", "index", str(error)))
     expected = _by_file(folder, body)
     with ThreadPoolExecutor(jobs) as pool:

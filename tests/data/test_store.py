@@ -20,7 +20,7 @@ from fmrizoo.config import PrepareConfig
 from fmrizoo.data.prepare import prepare
 from fmrizoo.data.reader import RunReader
 from fmrizoo.data.sample import sample_path
-from fmrizoo.data.store import Store, common_contract
+from fmrizoo.data.store import Store, common_contract, read_table
 from fmrizoo.errors import CorruptStoreError, DataError
 
 RUN = "sub-001_task-objects_acq-{}_run-03"
@@ -178,6 +178,14 @@ def test_participants_are_text(tmp_path: Path, tree: Any) -> None:
     table = Store(tmp_path / "s").participants
     assert table is not None
     assert table["age"][0] == "033" and table["sex"].isna()[0]
+
+
+@pytest.mark.parametrize("rows", ["sub-01\t30\textra\n", "sub-01\t30\t\nsub-02\t31\t\n"])
+def test_rows_longer_than_the_header_are_refused(rows: str, tmp_path: Path) -> None:
+    """pandas would take the first column for an index: every cell one column off."""
+    (tmp_path / "people.tsv").write_text("participant_id\tage\n" + rows)
+    with pytest.raises(DataError, match=r"people\.tsv is not a tab-separated table"):
+        read_table(tmp_path / "people.tsv")
 
 
 def test_readers_are_shared_bounded_and_closed(sample_store: Store) -> None:
