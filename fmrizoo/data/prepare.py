@@ -25,7 +25,7 @@ from fmrizoo.data.process import fingerprint, process, settings_of
 from fmrizoo.data.reader import RunReader
 from fmrizoo.data.sample import resolve_source
 from fmrizoo.data.store import INDEX, PARTICIPANTS, read_index, write_index
-from fmrizoo.errors import CorruptStoreError, DataError
+from fmrizoo.errors import CorruptStoreError, DataError, FmrizooError
 from fmrizoo.files import PART, write_atomic
 
 log = logging.getLogger(__name__)
@@ -264,19 +264,29 @@ def _intact(path: Path, entry: dict[str, Any]) -> bool:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """One writer (prepare or repair) per store; the lock dies with the process."""
+    """One writer (prepare or repair) per store; the lock dies with the process.
+
+    Raises:
+        DataError: another writer has it, or the disk fails in any of the steps inside.
+    """
     lock = _lock(out)
     try:
         for leftover in [*out.glob(f".*{PART}"), *(out / STAGING).glob(f".*{PART}")]:
             log.warning("removing %s, left by an interrupted prepare", leftover)
             leftover.unlink()
-        yield
+        try:
+            yield
+        finally:
+            # Before the lock is given up: the folder may be another writer's a moment later.
+            if not any(p.name != "lock" for p in (out / STAGING).iterdir()):
+                shutil.rmtree(out / STAGING)
+                with suppress(OSError):
+                    out.rmdir()  # only if nothing else is in it
+    except FmrizooError:
+        raise
+    except OSError as error:
+        raise DataError(f"cannot write to {out}: {error.strerror or error}") from error
     finally:
-        # Before the lock is given up: the folder may be another writer's a moment later.
-        if not any(p.name != "lock" for p in (out / STAGING).iterdir()):
-            shutil.rmtree(out / STAGING)
-            with suppress(OSError):
-                out.rmdir()  # only if nothing else is in it
         os.close(lock)
 
 

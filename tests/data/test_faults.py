@@ -61,6 +61,8 @@ def test_tiny_stores(
 ) -> None:
     store, foreign = tiny(kind)
     bench = Bench(store, tmp_path / "bench")
+    name = min(p.name for p in store.glob("sub-*.h5"))
+    assert bench.run("no fault", [Fault("append", name)] * 3) == {"harmless": 3}
     every = {"bit flips": flips(store, 100, 1), **whole(store, 3, 2, foreign)}
     # One worker for all; the titles are put back afterwards.
     for title, faults in every.items() if kind == "int8" else [_together(every)]:

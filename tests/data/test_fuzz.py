@@ -261,7 +261,8 @@ YAML = [
     b"\t", b": ", b"- ", b"[", b"{", b"}", b"&a ", b"*a", b"!!python/object:os.system ", b"!!set ",
     b"${", b"${data.store}", b"${oc.env:HOME}", b"${nope:1}", b"???", b"null", b"NaN", b".inf",
     b"2020-01-01", b"0x1g", b"1e400", b"|", b">", b"---\n", b"? [a]: b\n", b"\x00", b"\xff",
-    b"[" * 3000, b"{a: " * 600, b"defaults: [x]\n", b"data: ", b"train: [1]\n", b"<<: 1\n", b"1: 2\n",
+    b"[" * 3000, b"{a: " * 600, b"defaults: [x]\n", b"data: ", b"train: [1]\n", b"<<: 1\n",
+    b"1: 2\n",
     b"a: &a {b: *a}\n", b"true", b"'", b'"', b"backbone: ", b"!!binary x", b"~: 1\n", b"%TAG", b"@",
 ]  # fmt: skip
 
