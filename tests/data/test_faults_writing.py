@@ -200,7 +200,7 @@ def test_killed_at_one_step(change: tuple[Path, Path, str, str], tmp_path: Path)
     shutil.copytree(store, tmp_path / "dry")
     _, total = attempt(source, tmp_path / "dry", -1, 0)
     # The last steps are the ones that publish.
-    counts = killed(change, tmp_path, [0, 5, total // 2, *range(total - 12, total)])
+    counts = killed(change, tmp_path, [0, total // 2, *range(total - 12, total, 2)])
     assert counts["killed, old"] >= 3 and counts["killed, new"] >= 1
 
 
@@ -233,7 +233,8 @@ def test_killed_at_random_moments(
     )
     takes = time.monotonic() - start
     counts: Counter[str] = Counter()
-    for _ in range(24):
+    while sum(n for how, n in counts.items() if how.startswith("killed")) < 20:
+        assert counts.total() < 60, counts
         out = tmp_path / "out"
         shutil.copytree(store, out)
         process = subprocess.Popen(
@@ -241,14 +242,14 @@ def test_killed_at_random_moments(
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        time.sleep(draw.uniform(0.4, 1.0) * takes)
+        time.sleep(draw.uniform(0.4, 0.95) * takes)
         process.kill()
         ended = "killed" if process.wait() == -signal.SIGKILL else "done"
         counts[f"{ended}, {settle(source, out, old, new)}"] += 1
         shutil.rmtree(out)
     with capsys.disabled():
         sys.stdout.write(f"\nkill -9 at random moments: {dict(counts)}\n")
-    assert counts.total() == 24 and counts["killed, old"] > 0
+    assert counts["killed, old"] > 0
 
 
 # --- two writers ----------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ for out in folders:
             os._exit(one(Path(out), start))
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children]
-    sys.stdout.write(" ".join(map(str, codes)) + "\n")
+    sys.stdout.write(" ".join(map(str, codes)) + "\\n")
 """
 
 
