@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -201,17 +201,20 @@ class Bench:
         self._errors = work / "stderr"
 
     def run(self, title: str, faults: Sequence[Fault]) -> Counter[str]:
+        """:meth:`run_all` of one kind; its counts."""
+        self.run_all({title: faults})
+        return self.counts[title]
+
+    def run_all(self, every: Mapping[str, Sequence[Fault]]) -> None:
         """Judge every fault; a worker that dies or hangs is replaced and the fault counted."""
-        counts = self.counts.setdefault(title, Counter())
-        left = list(faults)
+        left = [(title, fault) for title, faults in every.items() for fault in faults]
         while left:
-            done = self._batch(left)
-            for fault, (verdict, said) in zip(left, done, strict=False):
-                counts[verdict] += 1
+            done = self._batch([fault for _, fault in left])
+            for (title, fault), (verdict, said) in zip(left, done, strict=False):
+                self.counts.setdefault(title, Counter())[verdict] += 1
                 if verdict not in ("raised", "harmless"):
                     self.bad.append((fault, verdict, said))
             left = left[len(done) :]
-        return counts
 
     def _batch(self, faults: Sequence[Fault]) -> list[tuple[str, str]]:
         """Verdicts until the worker stops; the last one may be its death."""

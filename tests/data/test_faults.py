@@ -62,18 +62,16 @@ def test_tiny_stores(
     store, foreign = tiny(kind)
     bench = Bench(store, tmp_path / "bench")
     name = min(p.name for p in store.glob("sub-*.h5"))
-    assert bench.run("no fault", [Fault("append", name)] * 3) == {"harmless": 3}
-    every = {"bit flips": flips(store, 100, 1), **whole(store, 3, 2, foreign)}
-    # One worker for all; the titles are put back afterwards.
-    for title, faults in every.items() if kind == "int8" else [_together(every)]:
-        bench.run(title, faults)
+    every = {
+        "no fault": [Fault("append", name)] * 3,
+        "bit flips": flips(store, 100, 1),
+        **whole(store, 3, 2, foreign),
+    }
+    bench.run_all(every)
+    assert bench.counts["no fault"] == {"harmless": 3}
     tell(capsys, f"tiny {kind}", bench.counts)
     no_lies(bench)
     assert sum(bench.counts.values(), Counter())["raised"] > 100
-
-
-def _together(every: dict[str, list[Fault]]) -> tuple[str, list[Fault]]:
-    return "all kinds", [fault for faults in every.values() for fault in faults]
 
 
 def test_the_sample(sample_store: Store, tmp_path: Path) -> None:
@@ -96,9 +94,8 @@ def test_thousands_of_faults(
     for name in ("sample", *TINY):
         pair = (sample_store.path, tmp_path / "again") if name == "sample" else tiny(name)
         bench = Bench(pair[0], tmp_path / f"bench-{name}")
-        bench.run("bit flips", flips(pair[0], 1200 if name == "sample" else 700, 5))
-        for title, faults in whole(pair[0], 25, 6, pair[1]).items():
-            bench.run(title, faults)
+        number = 1200 if name == "sample" else 700
+        bench.run_all({"bit flips": flips(pair[0], number, 5), **whole(pair[0], 25, 6, pair[1])})
         tell(capsys, f"store {name}", bench.counts)
         no_lies(bench)
         total += bench.counts["bit flips"]

@@ -180,12 +180,14 @@ def test_participants_are_text(tmp_path: Path, tree: Any) -> None:
     assert table["age"][0] == "033" and table["sex"].isna()[0]
 
 
-@pytest.mark.parametrize("rows", ["sub-01\t30\textra\n", "sub-01\t30\t\nsub-02\t31\t\n"])
-def test_rows_longer_than_the_header_are_refused(rows: str, tmp_path: Path) -> None:
+def test_rows_longer_than_the_header(tmp_path: Path) -> None:
     """pandas would take the first column for an index: every cell one column off."""
-    (tmp_path / "people.tsv").write_text("participant_id\tage\n" + rows)
+    file = tmp_path / "people.tsv"
+    file.write_text("participant_id\tage\nsub-01\t30\textra\n")
     with pytest.raises(DataError, match=r"people\.tsv is not a tab-separated table"):
-        read_table(tmp_path / "people.tsv")
+        read_table(file)
+    file.write_text("participant_id\tage\nsub-01\t30\t\nsub-02\t31\t\n")  # tabs at the ends
+    assert list(read_table(file)["age"]) == ["30", "31"]
 
 
 def test_readers_are_shared_bounded_and_closed(sample_store: Store) -> None:
