@@ -32,6 +32,18 @@ from fmrizoo.sections import TaskConfig as TaskConfig
 from fmrizoo.sections import TrainConfig as TrainConfig
 from fmrizoo.sections import one_of, require
 
+# What OmegaConf and PyYAML raise on content that they cannot take, beside their own errors.
+_UNUSABLE = (
+    OmegaConfBaseException,
+    YAMLError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    AssertionError,
+)
 BASE_KEYS = ("embed_dim", "num_heads")
 DEPTH_KEYS = ("depths", "depth")  # of Swin encoders, one a stage; of NeuroMamba
 
@@ -159,6 +171,12 @@ class Recipe:
 COMPONENTS: dict[str, Registry] = {"backbone": BACKBONES, "objective": OBJECTIVES, "head": HEADS}
 
 
+def _line(error: BaseException) -> str:
+    """The first line of what a library said."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def _read(path: Path, stack: tuple[Path, ...] = ()) -> DictConfig:
     """One YAML file with its ``defaults`` (paths relative to it, no suffix) merged underneath."""
     path = path.resolve()
@@ -168,8 +186,8 @@ def _read(path: Path, stack: tuple[Path, ...] = ()) -> DictConfig:
         raise RecipeError(f"no recipe file {path}")
     try:
         loaded = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"{path} is not a YAML recipe: {str(error).splitlines()[0]}") from None
+    except (OSError, *_UNUSABLE) as error:
+        raise RecipeError(f"{path} is not a YAML recipe: {_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise RecipeError(f"{path} is not a YAML mapping of recipe sections")
     defaults = loaded.pop("defaults", [])
@@ -218,11 +236,13 @@ def _typed(schema: type, values: DictConfig, prefix: str = "") -> Any:
     _check_keys(schema, values, prefix)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
-    except OmegaConfBaseException as error:
+    except RecipeError:
+        raise
+    except _UNUSABLE as error:
         if isinstance(error.__cause__, RecipeError):
             raise error.__cause__ from None
-        where = f"{prefix}{error.full_key or ''}"
-        raise RecipeError(f"{where}: {str(error).splitlines()[0]}") from None
+        where = f"{prefix}{getattr(error, 'full_key', None) or ''}"
+        raise RecipeError(f"{where}: {_line(error)}") from None
 
 
 def _named(item: str) -> str:
@@ -239,8 +259,8 @@ def _overrides(items: Sequence[str]) -> DictConfig:
     dotted = [_named(item) for item in items]
     try:
         return OmegaConf.from_dotlist(dotted)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise RecipeError(f"overrides {list(items)}: {str(error).splitlines()[0]}") from None
+    except _UNUSABLE as error:
+        raise RecipeError(f"overrides {list(items)}: {_line(error)}") from None
 
 
 def _mappings(items: Sequence[str]) -> list[str]:
@@ -262,8 +282,8 @@ def compose(source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> Rec
     if isinstance(source, dict):
         try:
             base = OmegaConf.create(source)
-        except OmegaConfBaseException as error:
-            raise RecipeError(f"recipe dict: {str(error).splitlines()[0]}") from None
+        except _UNUSABLE as error:
+            raise RecipeError(f"recipe dict: {_line(error)}") from None
     else:
         base = _read(source)
     try:
@@ -273,11 +293,21 @@ def compose(source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> Rec
             # data.select={run: 1} says what is selected, not what is added to the selection.
             OmegaConf.update(merged, key, OmegaConf.select(given, key), merge=False)
         OmegaConf.resolve(merged)
-    except OmegaConfBaseException as error:
-        raise RecipeError(str(error).splitlines()[0]) from None
+    except RecipeError:
+        raise
+    except _UNUSABLE as error:
+        raise RecipeError(f"sections that cannot be merged: {_line(error)}") from None
     parts = {kind: _component(kind, merged.pop(kind, None)) for kind in COMPONENTS}
     sections = _typed(Recipe, merged)
-    return Recipe(**{f.name: parts.get(f.name, getattr(sections, f.name)) for f in fields(Recipe)})
+    recipe = Recipe(
+        **{f.name: parts.get(f.name, getattr(sections, f.name)) for f in fields(Recipe)}
+    )
+    try:
+        OmegaConf.structured(recipe)  # merging lets lists into mappings of text; this does not
+    except _UNUSABLE as error:
+        where = getattr(error, "full_key", None) or "recipe"
+        raise RecipeError(f"{where}: {_line(error)}") from None
+    return recipe
 
 
 def _component(kind: str, values: Any) -> Any:

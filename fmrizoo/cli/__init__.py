@@ -1,7 +1,7 @@
 """The command line. Flags say where and how, dotted ``key=value`` arguments say what."""
 
 # Importing a module of commands adds them to the program, in the order of its help page.
-from fmrizoo.cli import data, training, models, zoo  # isort: skip
+from fmrizoo.cli import data, store, training, models, zoo  # isort: skip
 from fmrizoo.cli import mup, mup_check, mup_transfer  # isort: skip
 from fmrizoo.cli import scaling, scaling_sweep  # isort: skip
 from fmrizoo.cli.shell import app, main
@@ -16,6 +16,7 @@ __all__ = [
     "mup_transfer",
     "scaling",
     "scaling_sweep",
+    "store",
     "training",
     "zoo",
 ]

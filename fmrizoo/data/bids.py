@@ -225,7 +225,14 @@ def _sidecar_tr(bold: _File, roots: list[Path]) -> tuple[float | None, Path | No
             value = content.get("RepetitionTime")
             if value is not None:
                 return float(value), file.path
-        except (ValueError, TypeError, AttributeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            OSError,
+        ) as error:
             raise DataError(f"{file.path} is not a usable JSON sidecar: {error}") from None
     return None, None
 
@@ -252,8 +259,14 @@ def _from_row(source: Path, line: int, row: Mapping[str, str]) -> RunFile:
     def existing(column: str) -> Path | None:
         if not row.get(column):
             return None
-        path = (source.parent / row[column]).resolve()
-        if not path.is_file():
+        try:
+            path = (source.parent / row[column]).resolve()
+            found = path.is_file()
+        except (ValueError, OSError, RuntimeError) as error:  # a NUL, too long, a loop of links
+            raise DataError(
+                f"{source} line {line}: {column}={row[column][:60]!r} is no file name ({error})"
+            ) from None
+        if not found:
             raise DataError(f"{source} line {line}: {column} file {path} does not exist")
         return path
 

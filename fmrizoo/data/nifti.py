@@ -28,6 +28,21 @@ _CONSTANT_REFUSED, _CONSTANT_SAID = 0.5, 0.01  # shares of the brain voxels
 _TR_TOLERANCE = 1e-3  # seconds: headers hold float32, sidecars are rounded by hand
 
 
+# What nibabel, gzip and numpy raise on damaged files.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    OverflowError,
+    MemoryError,
+    KeyError,
+    TypeError,
+    IndexError,
+)
+_MAX_RATIO = 1100  # deflate cannot pack better
+
+
 @dataclass
 class LoadedRun:
     """One run in its own voxels: ``bold (x, y, z, t)`` float32 and brain ``mask (x, y, z)``."""
@@ -52,7 +67,7 @@ def open_image(path: Path) -> Any:
         image = nib.load(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+    except (ImageFileError, HeaderDataError, *_UNREADABLE) as error:
         raise DataError(f"{path} is not a NIfTI file: {_short(error)}") from None
     if not isinstance(image, nib.Nifti1Image):
         raise DataError(f"{path} is a {type(image).__name__}, not a NIfTI file: convert it first")
@@ -65,10 +80,22 @@ def read_values(image: Any, path: Path) -> NDArray[np.float32]:
     Raises:
         DataError: the file is cut off or its compressed data damaged.
     """
+    _check_promise(image, path)
     try:
         return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path} is cut off or damaged: {_short(error)}") from None
+
+
+def _check_promise(image: Any, path: Path) -> None:
+    """Refuse a header that promises more than the file can hold before memory is asked for."""
+    needed = math.prod(int(n) for n in image.shape) * image.get_data_dtype().itemsize
+    size = path.stat().st_size
+    if needed > size * (_MAX_RATIO if path.suffix == ".gz" else 1):
+        raise DataError(
+            f"{path} is cut off or damaged: its header {image.shape} needs {needed} bytes, the "
+            f"file has {size}"
+        )
 
 
 def load_run(run: RunFile, config: PrepareConfig) -> LoadedRun:

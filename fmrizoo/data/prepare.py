@@ -7,11 +7,12 @@ subjects.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fmrizoo.data.process import fingerprint, process, settings_of
 from fmrizoo.data.reader import RunReader
 from fmrizoo.data.sample import resolve_source
 from fmrizoo.data.store import INDEX, PARTICIPANTS, read_index, write_index
-from fmrizoo.errors import CorruptStoreError, DataError
+from fmrizoo.errors import CorruptStoreError, DataError, FmrizooError
 from fmrizoo.files import PART, write_atomic
 
 log = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def prepare(
     folder = resolve_source(source)
     runs = find_runs(folder, config)
     job = _Job(out, config, PrepareReport(out), len(runs), on_progress)
-    with _locked(out):
+    with locked(out):
         old = _existing(out, runs, config)
         subjects: dict[str, list[RunFile]] = {}
         for run in runs:
@@ -127,11 +128,11 @@ def prepare(
             entries += done
             staged += moved
         _check_bad(job.report, skip_bad)
-        _publish(out, folder, entries, staged)
-        kept_files = {e["file"] for e in entries}
-        for name in sorted({e["file"] for e in old.values()} - kept_files):
-            log.warning("%s has no usable run any more and is removed", out / name)
-            (out / name).unlink(missing_ok=True)
+        published = _publish(out, folder, entries, staged, old)
+        left = {e["key"]["subject"] for e in published}
+        for subject in sorted({e["key"]["subject"] for e in old.values()} - left):
+            log.warning("%s: sub-%s has no usable run any more and is removed", out, subject)
+        _remove_replaced(out, published, old)
     return job.report
 
 
@@ -159,9 +160,10 @@ def _subject(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """The index entries of one subject, and the file to move from staging (none if unchanged)."""
     name = f"sub-{subject}.h5"
-    published = {n: e for n, e in old.items() if e["file"] == name}
+    published = {n: e for n, e in old.items() if e["key"]["subject"] == subject}
+    home = job.out / next((e["file"] for e in published.values()), name)
     staged_file = job.out / STAGING / name
-    sources = [(job.out / name, published), (staged_file, _staged(staged_file))]
+    sources = [(home, published), (staged_file, _staged(staged_file))]
     wanted: list[tuple[RunFile, dict[str, Any]]] = []
     reuse: dict[str, tuple[Path, dict[str, Any]]] = {}
     for run in files:
@@ -177,13 +179,13 @@ def _subject(
                 reuse[str(run.key)] = (path, entry)
                 break
     others = {n: e for n, e in published.items() if n not in {str(r.key) for r in files}}
-    if all(reuse.get(str(r.key), (None,))[0] == job.out / name for r, _ in wanted) and wanted:
+    if all(reuse.get(str(r.key), (None,))[0] == home for r, _ in wanted) and wanted:
         for run, _ in wanted:
             job.report.kept.append(str(run.key))
             job.note(str(run.key), "kept")
         return [*others.values(), *(reuse[str(r.key)][1] for r, _ in wanted)], []
     for n, e in others.items():
-        reuse[n] = (job.out / name, e)
+        reuse[n] = (home, e)
     return _write_subject(job, name, wanted, reuse)
 
 
@@ -261,32 +263,64 @@ def _intact(path: Path, entry: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One ``prepare`` per store; the lock dies with the process."""
+def locked(out: Path) -> Iterator[None]:
+    """One writer (prepare or repair) per store; the lock dies with the process.
+
+    Raises:
+        DataError: another writer has it, or the disk fails in any of the steps inside.
+    """
+    lock = _lock(out)
+    try:
+        for leftover in [*out.glob(f".*{PART}"), *(out / STAGING).glob(f".*{PART}")]:
+            log.warning("removing %s, left by an interrupted prepare", leftover)
+            leftover.unlink()
+        try:
+            yield
+        finally:
+            # Before the lock is given up: the folder may be another writer's a moment later.
+            if not any(p.name != "lock" for p in (out / STAGING).iterdir()):
+                shutil.rmtree(out / STAGING)
+                with suppress(OSError):
+                    out.rmdir()  # only if nothing else is in it
+    except FmrizooError:
+        raise
+    except OSError as error:
+        raise DataError(f"cannot write to {out}: {error.strerror or error}") from error
+    finally:
+        os.close(lock)
+
+
+def _lock(out: Path) -> int:
+    """Descriptor of the locked file ``<out>/.staging/lock``.
+
+    Raises:
+        DataError: another writer has it, or the folder cannot be written.
+    """
     import fcntl
 
-    try:
-        (out / STAGING).mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / STAGING / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise DataError(f"cannot write to {out}: {error.strerror}") from error
-    try:
+    busy = f"another prepare is writing {out}: wait for it or stop it"
+    file = out / STAGING / "lock"
+    for _ in range(20):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # a writer that ended removed the folder in between
+            continue
+        except OSError as error:
+            raise DataError(f"cannot write to {out}: {error.strerror}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"another prepare is writing {out}: wait for it or stop it") from None
+            os.close(lock)
+            raise DataError(busy) from None
         except OSError as error:  # some parallel file systems have no locks
             log.warning("%s cannot be locked (%s): run one prepare at a time", out, error.strerror)
-        for leftover in (out / STAGING).glob(f".*{PART}"):
-            log.warning("removing %s, left by an interrupted prepare", leftover)
-            leftover.unlink()
-        yield
-    finally:
+        # The lock counts only if the next writer would meet it: the file may have been removed.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(file)):
+                return lock
         os.close(lock)
-        if not any(p.name != "lock" for p in (out / STAGING).iterdir()):
-            shutil.rmtree(out / STAGING)
-            if not any(out.iterdir()):
-                out.rmdir()
+    raise DataError(busy)
 
 
 def _existing(out: Path, runs: list[RunFile], config: PrepareConfig) -> dict[str, dict[str, Any]]:
@@ -325,21 +359,71 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _publish(out: Path, source: Path, entries: list[dict[str, Any]], staged: list[str]) -> None:
-    """Move the staged subjects in place and write the index, last."""
+def _publish(
+    out: Path,
+    source: Path,
+    entries: list[dict[str, Any]],
+    staged: list[str],
+    old: dict[str, dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Move the staged subjects in place and write the index, last; returns what it lists.
+
+    A staged subject never takes the name of a file that the published index ``old`` refers to: the
+    old store is whole until the new index replaces the old one, in one step.
+    """
     from fmrizoo import __version__
 
-    folder = source if source.is_dir() else source.parent
-    participants = folder / PARTICIPANTS
-    if not participants.is_file() and folder.parent.name == "derivatives":
-        participants = folder.parent.parent / PARTICIPANTS  # fMRIPrep leaves it in the raw folder
+    participants = participants_of(source)
+    taken = {e["file"] for e in old.values()}
+    places: dict[str, str] = {}
+    for name in staged:
+        places[name] = free_name(name, taken)
+        taken.add(places[name])
+    entries = [{**e, "file": places.get(e["file"], e["file"])} for e in entries]
     try:
         for name in staged:
-            os.replace(out / STAGING / name, out / name)
-        if participants.is_file():
+            os.replace(out / STAGING / name, out / places[name])
+        if participants is not None:
             write_atomic(out / PARTICIPANTS, participants.read_bytes())
     except OSError as error:
         raise DataError(f"cannot write to {out}: {error.strerror}") from error
     write_index(out, entries, __version__)
     for leftover in (out / STAGING).glob("sub-*.h5"):
         leftover.unlink()  # subjects staged by an earlier call that this one did not ask for
+    return entries
+
+
+def participants_of(source: Path) -> Path | None:
+    """participants.tsv of a source, if it has one."""
+    folder = source if source.is_dir() else source.parent
+    file = folder / PARTICIPANTS
+    if not file.is_file() and folder.parent.name == "derivatives":
+        file = folder.parent.parent / PARTICIPANTS  # fMRIPrep leaves it in the raw folder
+    return file if file.is_file() else None
+
+
+def free_name(name: str, taken: Iterable[str]) -> str:
+    """``sub-1.h5``, or if that is taken ``sub-1@2.h5``, ``sub-1@3.h5``, …"""
+    stem = name.partition("@")[0].removesuffix(".h5")
+    names = (f"{stem}@{k}.h5" if k > 1 else f"{stem}.h5" for k in itertools.count(1))
+    return next(n for n in names if n not in taken)
+
+
+def leftovers(out: Path, entries: Iterable[dict[str, Any]]) -> list[Path]:
+    """Files of indexed subjects that the index does not list: replaced, or never published."""
+    listed = {e["file"] for e in entries}
+    stems = {n.partition("@")[0].removesuffix(".h5") for n in listed}
+    return sorted(
+        path
+        for path in out.glob("sub-*.h5")
+        if path.name not in listed and path.name.partition("@")[0].removesuffix(".h5") in stems
+    )
+
+
+def _remove_replaced(
+    out: Path, published: list[dict[str, Any]], old: dict[str, dict[str, Any]]
+) -> None:
+    """Remove what the new index does not need any more."""
+    gone = {out / e["file"] for e in old.values()} - {out / e["file"] for e in published}
+    for path in sorted({*gone, *leftovers(out, published)}):
+        path.unlink(missing_ok=True)

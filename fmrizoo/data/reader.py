@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import weakref
 import zlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,18 @@ from fmrizoo.data.hdf5 import SMALL, meta_checksum
 from fmrizoo.errors import CorruptStoreError, DataError
 
 # What h5py, json and numpy raise on damaged bytes.
-_DAMAGE = (OSError, KeyError, ValueError, RuntimeError, TypeError, IndexError, MemoryError)
+_DAMAGE = (
+    OSError,
+    KeyError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    IndexError,
+    MemoryError,
+    AttributeError,
+    OverflowError,
+)
+_BLOCK = 8 << 20  # bytes that bad_frames reads at a time
 
 
 class RunReader:
@@ -43,6 +56,7 @@ class RunReader:
         dtype: Of the stored numbers.
         row: Items in a row of :meth:`read_compact` (``n_vox`` and padding).
         meta: Everything that was stored about the run.
+        meta_crc32: Checksum of the metadata and small arrays, as stored (and compared).
         decoder: Per-voxel offset, scale, mean, s.d.
 
     Raises:
@@ -54,19 +68,25 @@ class RunReader:
     ) -> None:
         self.path, self.name = path, name
         try:
-            with h5py.File(path, "r", locking=False) as file:
-                self._load(file, meta_crc32)
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except CorruptStoreError:
-            raise
+            # Not blocking: a pipe under this name would be waited for without end.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
             raise CorruptStoreError(f"{path} is missing: run prepare again") from None
-        except _DAMAGE as error:
+        except (OSError, ValueError) as error:
             raise self._corrupt(f"cannot be opened ({error})") from error
         # Not an eager close in the store's cache: another thread may still be reading, and the
         # number of a closed descriptor may come back as another subject's file.
         weakref.finalize(self, os.close, descriptor)
         self._descriptor = descriptor
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise self._corrupt("is not a file")
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                self._load(file, meta_crc32)
+        except CorruptStoreError:
+            raise
+        except _DAMAGE as error:
+            raise self._corrupt(f"cannot be opened ({error})") from error
         if uuid is not None and self.meta["uuid"] != uuid:
             raise self._corrupt("was written after the index: run prepare again")
 
@@ -82,6 +102,7 @@ class RunReader:
             raise self._corrupt("has damaged metadata (checksum differs)")
         if expected is not None and stored != expected:
             raise self._corrupt("was written after the index: run prepare again")
+        self.meta_crc32 = stored
         self.meta: dict[str, Any] = json.loads(text)
         self.n_frames, self.n_vox = int(self.meta["n_frames"]), int(self.meta["n_vox"])
         x, y, z = self.meta["grid"]
@@ -182,6 +203,23 @@ class RunReader:
         values += self.decoder.offset
         out.reshape(n, -1)[:, self.index] = values
         return out.transpose(1, 2, 3, 0)
+
+    def bad_frames(self) -> Iterator[tuple[int, CorruptStoreError]]:
+        """Every frame that fails its checksum or is cut off; reads each stored byte once."""
+        size = 1 if self._dense else max(1, _BLOCK // (self.row * self.dtype.itemsize))
+        for start in range(0, self.n_frames, size):
+            n = min(size, self.n_frames - start)
+            try:
+                self.read_compact(start, n)
+            except CorruptStoreError:
+                yield from self._bad_among(range(start, start + n))
+
+    def _bad_among(self, frames: range) -> Iterator[tuple[int, CorruptStoreError]]:
+        for t in frames:
+            try:
+                self.read_compact(t, 1)
+            except CorruptStoreError as error:
+                yield t, error
 
     def _read_chunk(self, frame: int) -> Array:
         place, size = self._chunks[frame]

@@ -83,7 +83,16 @@ class Split:
             raise DataError(f"no split file {path}") from None
         except DataError as error:
             raise DataError(f"{path}: {error}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+            RecipeError,
+        ) as error:
             raise DataError(f"{path} is not a split file: {error}") from None
         if written != split.sha:
             raise DataError(f"{path} was changed after it was written (its checksum differs)")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,17 +15,37 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from fmrizoo.data.reader import RunReader
 from fmrizoo.errors import CorruptStoreError, DataError
-from fmrizoo.files import canonical, write_atomic
+from fmrizoo.files import canonical, sha256_of, write_atomic
 from fmrizoo.registry import suggest
 from fmrizoo.types import Contract, RunKey
 
 if TYPE_CHECKING:
     import pandas
 
+log = logging.getLogger(__name__)
+
 INDEX = "index.json"
 PARTICIPANTS = "participants.tsv"
 SCHEMA = "fmrizoo.store/1"
+# What json and the types raise on content that no ``prepare`` wrote.
+_MALFORMED = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    MemoryError,
+)
 _ENTITIES = ("subject", "session", "task", "acquisition", "run")
+# What the index says of a run, by type; the rest is checked by the types it becomes.
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "file", "uuid", "kind"), (str,)),
+    **dict.fromkeys(("n_frames", "n_vox", "meta_crc32"), (int,)),
+    **dict.fromkeys(("tr", "quantisation_error"), (int, float)),
+    **dict.fromkeys(("statistics", "fingerprint", "key"), (dict,)),
+    **dict.fromkeys(("events", "affine"), (list,)),
+}
 _SHORT = {"sub": "subject", "ses": "session", "acq": "acquisition"}
 _OTHER = ("dir", "echo", "rec", "res", "ce", "part", "space", "den", "hemi", "recording")
 
@@ -130,15 +152,22 @@ def index_checksum(body: Mapping[str, Any]) -> str:
 
 
 def write_index(path: Path, entries: Sequence[Mapping[str, Any]], code_version: str) -> None:
-    """Publish the index of the store folder ``path`` atomically."""
+    """Publish the index of the store folder ``path`` (and of its participants.tsv) atomically."""
     runs = sorted((dict(e) for e in entries), key=lambda e: str(e["name"]))
     body: dict[str, Any] = {"schema": SCHEMA, "code_version": code_version, "runs": runs}
+    if (path / PARTICIPANTS).is_file():
+        body["participants_sha256"] = sha256_of(path / PARTICIPANTS)
     body["sha256"] = index_checksum(body)
     write_atomic(path / INDEX, canonical(body) + b"\n")
 
 
 def read_index(path: Path) -> list[dict[str, Any]]:
-    """The run entries of the store folder ``path``.
+    """The run entries of the store folder ``path``; raises as :func:`read_index_body`."""
+    return list(read_index_body(path)["runs"])
+
+
+def read_index_body(path: Path) -> dict[str, Any]:
+    """Everything in the index of the store folder ``path``: runs, version, checksums.
 
     Raises:
         DataError: no index there, or one of another format version.
@@ -151,14 +180,52 @@ def read_index(path: Path) -> list[dict[str, Any]]:
     try:
         body = json.loads(file.read_bytes())
         schema, checksum, runs = body["schema"], body["sha256"], body["runs"]
-        good = checksum == index_checksum(body)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptStoreError(f"{file} is damaged ({error}): run prepare again") from None
+        good = checksum == index_checksum(body) and isinstance(runs, list)
+    except (OSError, *_MALFORMED) as error:
+        raise CorruptStoreError(f"{file} is damaged ({_said(error)}): run prepare again") from None
     if not good:
         raise CorruptStoreError(f"{file} does not match its checksum: run prepare again")
     if schema != SCHEMA:
         raise DataError(f"{file} has format {schema!r}, this version of fmrizoo reads {SCHEMA!r}")
-    return list(runs)
+    return cast("dict[str, Any]", body)
+
+
+def described(path: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[RunInfo, ...]:
+    """The runs of the index entries of the store folder ``path``.
+
+    Raises:
+        CorruptStoreError: an entry that ``prepare`` cannot have written.
+    """
+    try:
+        for entry in entries:
+            _check_types(entry)
+        runs = tuple(map(RunInfo.from_entry, entries))
+        outside = [run.file for run in runs if Path(run.file).name != run.file or "\0" in run.file]
+    except _MALFORMED as error:
+        raise CorruptStoreError(
+            f"{path / INDEX} has an entry that is not a run's ({_said(error)}): run prepare again"
+        ) from None
+    if outside:
+        raise CorruptStoreError(f"{path / INDEX} names {outside[0]!r}, which is no file of a store")
+    if len({run.name for run in runs}) < len(runs):
+        raise CorruptStoreError(f"{path / INDEX} lists a run twice: run prepare again")
+    return runs
+
+
+def _check_types(entry: Mapping[str, Any]) -> None:
+    """Raise TypeError for a value of another type than ``prepare`` writes."""
+    for name, kinds in _TYPES.items():
+        if not isinstance(entry[name], kinds):
+            raise TypeError(f"{name} is {entry[name]!r}")
+    texts = [v for k, v in entry["key"].items() if k != "extra"]
+    if not all(isinstance(v, str) for v in texts) or not all(
+        isinstance(row, dict) for row in entry["events"]
+    ):
+        raise TypeError("key or events")
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:200]
 
 
 class Store:
@@ -176,8 +243,9 @@ class Store:
 
     def __init__(self, path: str | Path, cache: int = 32) -> None:
         self.path = Path(path)
-        self._entries = {e["name"]: e for e in read_index(self.path)}
-        self.runs: tuple[RunInfo, ...] = tuple(map(RunInfo.from_entry, self._entries.values()))
+        body = read_index_body(self.path)
+        self.runs: tuple[RunInfo, ...] = described(self.path, body["runs"])
+        self._participants_sha256: str | None = body.get("participants_sha256")
         self._by_name = {run.name: run for run in self.runs}
         self._capacity = cache
         self._open: OrderedDict[str, RunReader] = OrderedDict()
@@ -194,9 +262,17 @@ class Store:
 
     @property
     def participants(self) -> pandas.DataFrame | None:
-        """participants.tsv with every column as text, ``n/a`` missing; None if there is none."""
+        """participants.tsv with every column as text, ``n/a`` missing; None if there is none.
+
+        Warns where it is not the file that ``prepare`` wrote: people add columns by hand.
+        """
         file = self.path / PARTICIPANTS
-        return read_table(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        table = read_table(file)
+        if self._participants_sha256 not in (None, sha256_of(file)):
+            log.warning("%s was changed after prepare (its checksum differs); it is used", file)
+        return table
 
     def __getitem__(self, name: str) -> RunInfo:
         """The run called ``name``; DataError with the nearest name otherwise."""
@@ -286,11 +362,7 @@ class Store:
             except CorruptStoreError as error:
                 faults.append(Fault(run.file, run.name, str(error)))
                 continue
-            for frame in range(reader.n_frames):
-                try:
-                    reader.read_compact(frame, 1)
-                except CorruptStoreError as error:
-                    faults.append(Fault(run.file, run.name, str(error)))
+            faults += [Fault(run.file, run.name, str(e)) for _, e in reader.bad_frames()]
         return faults
 
 
@@ -321,11 +393,23 @@ def read_table(file: Path) -> pandas.DataFrame:
     import pandas
 
     try:
-        return pandas.read_csv(
-            file, sep="\t", dtype=str, keep_default_na=False, na_values=["n/a", "N/A", ""]
-        )
-    except (ValueError, OSError) as error:
+        with warnings.catch_warnings():
+            # Rows longer than the header: pandas would drop cells, or take a column for an index.
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            return pandas.read_csv(
+                file,
+                sep="\t",
+                dtype=str,
+                keep_default_na=False,
+                na_values=["n/a", "N/A", ""],
+                index_col=False,
+            )
+    except (ValueError, OSError, OverflowError, MemoryError) as error:
         raise DataError(f"{file} is not a tab-separated table: {error}") from None
+    except pandas.errors.ParserWarning:
+        raise DataError(
+            f"{file} is not a tab-separated table: it has rows with more cells than its header"
+        ) from None
 
 
 def records(table: pandas.DataFrame) -> list[dict[str, str]]:

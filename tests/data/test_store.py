@@ -20,7 +20,7 @@ from fmrizoo.config import PrepareConfig
 from fmrizoo.data.prepare import prepare
 from fmrizoo.data.reader import RunReader
 from fmrizoo.data.sample import sample_path
-from fmrizoo.data.store import Store, common_contract
+from fmrizoo.data.store import Store, common_contract, read_table
 from fmrizoo.errors import CorruptStoreError, DataError
 
 RUN = "sub-001_task-objects_acq-{}_run-03"
@@ -178,6 +178,16 @@ def test_participants_are_text(tmp_path: Path, tree: Any) -> None:
     table = Store(tmp_path / "s").participants
     assert table is not None
     assert table["age"][0] == "033" and table["sex"].isna()[0]
+
+
+def test_rows_longer_than_the_header(tmp_path: Path) -> None:
+    """pandas would take the first column for an index: every cell one column off."""
+    file = tmp_path / "people.tsv"
+    file.write_text("participant_id\tage\nsub-01\t30\textra\n")
+    with pytest.raises(DataError, match=r"people\.tsv is not a tab-separated table"):
+        read_table(file)
+    file.write_text("participant_id\tage\nsub-01\t30\t\nsub-02\t31\t\n")  # tabs at the ends
+    assert list(read_table(file)["age"]) == ["30", "31"]
 
 
 def test_readers_are_shared_bounded_and_closed(sample_store: Store) -> None:
