@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fmrizoo.cli.shell import Overrides, app, out, progress
+from fmrizoo.cli.shell import INTERRUPTED, Overrides, app, err, out, progress
 
 
 @app.command()
@@ -27,20 +27,30 @@ def prepare(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Publish the good runs even if others are unusable.")
     ] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Subjects prepared at a time.")
+    ] = 1,
 ) -> None:
     """NIfTI runs → one checksummed HDF5 file per subject."""
+    from fmrizoo.data.interrupt import Interrupted
     from fmrizoo.data.prepare import ProgressEvent
     from fmrizoo.data.prepare import prepare as run
     from fmrizoo.zoo import load_recipe
 
     # Without a recipe the overrides alone make one: prepare.codec=gzip, …
     composed = load_recipe(recipe if recipe else {}, overrides or [])
-    with progress("prepare") as update:
+    try:
+        with progress("prepare") as update:
 
-        def note(event: ProgressEvent) -> None:
-            update(event.done, event.total, f"{event.run} {event.state}")
+            def note(event: ProgressEvent) -> None:
+                update(event.done, event.total, f"{event.run} {event.state}")
 
-        report = run(source, store, composed.prepare, skip_bad=skip_bad, on_progress=note)
+            report = run(
+                source, store, composed.prepare, skip_bad=skip_bad, jobs=jobs, on_progress=note
+            )
+    except Interrupted:
+        err.print("interrupted: finished subjects are kept, the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
     out.print(
         f"{store}: {len(report.prepared)} runs prepared, {len(report.kept)} kept, "
         f"{len(report.skipped)} skipped",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from fmrizoo.config import PrepareConfig
 from fmrizoo.data.bids import RunFile
@@ -79,7 +80,8 @@ def process(
     if config.confounds:
         n_all = len(bold) + config.dummy_scans
         confounds, kept = load_confounds(run.path, config.confounds, n_all)
-        bold = regress(bold, confounds[config.dummy_scans :], kept[config.dummy_scans :])
+        with threadpool_limits(1):  # sums in one order, whatever else the machine does
+            bold = regress(bold, confounds[config.dummy_scans :], kept[config.dummy_scans :])
     if not np.isfinite(bold).all():
         raise DataError(f"{run.path}: placing it in the stored grid gave non-finite values")
     contract = Contract(
