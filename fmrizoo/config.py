@@ -23,6 +23,7 @@ from fmrizoo.sections import CHECKPOINTING as CHECKPOINTING
 from fmrizoo.sections import NORMALIZATIONS as NORMALIZATIONS
 from fmrizoo.sections import DataConfig as DataConfig
 from fmrizoo.sections import PrepareConfig as PrepareConfig
+from fmrizoo.sections import QcConfig as QcConfig
 from fmrizoo.sections import SplitConfig as SplitConfig
 from fmrizoo.sections import SweepConfig as SweepConfig
 from fmrizoo.sections import TaskConfig as TaskConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from fmrizoo.errors import RecipeError
 from fmrizoo.registry import suggest
@@ -20,6 +20,28 @@ def require(ok: bool, message: str) -> None:
 
 def one_of(key: str, value: str, known: Sequence[str]) -> None:
     require(value in known, f"{key}={value!r} is not known.{suggest(value, list(known))}")
+
+
+@dataclass
+class QcConfig:
+    """Limits of the quality checks; a run beyond one is flagged, never dropped. 0: not checked."""
+
+    min_tsnr: float = 20.0  # median over brain voxels of mean / s.d. over time
+    max_fd: float = 0.5  # mm, mean framewise displacement; where motion estimates exist
+    max_dvars: float = 0.0  # % of the mean signal, mean over frames; depends on voxels and tasks
+    max_spikes: float = 0.05  # share of frames whose global signal leaps
+    max_dropout: float = 0.1  # share of brain voxels darker than a fifth of the median
+    min_inside: float = 0.95  # share of the run's brain that the stored grid holds
+    min_cover: float = 0.8  # share of the template's brain that the run covers; MNI spaces only
+    max_quantisation: float = 0.02  # rms error of the stored numbers / s.d. over time
+    min_minutes: float = 0.0  # of recording
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            require(
+                0 <= value < math.inf, f"prepare.qc.{limit.name} must be a number ≥ 0, got {value}"
+            )
 
 
 @dataclass
@@ -49,6 +71,7 @@ class PrepareConfig:
     select: dict[str, str] = field(
         default_factory=dict
     )  # BIDS entities to keep, {acquisition: 1slice}
+    qc: QcConfig = field(default_factory=QcConfig)  # limits beyond which a run is flagged
 
     def __post_init__(self) -> None:
         one_of("prepare.codec", self.codec, ("int8", "gzip"))

@@ -1,4 +1,4 @@
-"""Commands about data and files: prepare, inspect."""
+"""Commands about data and files: prepare, qc, inspect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fmrizoo.cli.shell import INTERRUPTED, Overrides, app, err, out, progress
+from fmrizoo.cli.shell import INTERRUPTED, Out, Overrides, app, err, out, progress
 
 
 @app.command()
@@ -53,7 +53,8 @@ def prepare(
         raise typer.Exit(INTERRUPTED) from None
     out.print(
         f"{store}: {len(report.prepared)} runs prepared, {len(report.kept)} kept, "
-        f"{len(report.skipped)} skipped",
+        f"{len(report.skipped)} skipped"
+        + (f", {len(report.flagged)} flagged" if report.flagged else ""),
         soft_wrap=True,
     )
     if report.skipped:
@@ -61,6 +62,35 @@ def prepare(
         for row in report.skipped:
             table.add_row(row.run, row.file, row.reason)
         out.print(table)
+
+
+@app.command()
+def qc(
+    store: Annotated[Path, typer.Argument(help="Prepared store.")],
+    folder: Out,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose prepare.qc limits apply.", show_default=False)
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option(min=0, help="Runs shown with a picture, the worst first.")
+    ] = 200,
+) -> None:
+    """Quality of every run: qc.tsv and a page of pictures, the worst first."""
+    from fmrizoo.data.qc import write_table
+    from fmrizoo.data.store import Store
+    from fmrizoo.report.qc import write_page
+    from fmrizoo.zoo import load_recipe
+
+    composed = load_recipe(recipe if recipe else {}, overrides or [])
+    opened = Store(store)
+    with progress("qc") as update:
+        rows = write_table(opened, folder / "qc.tsv", composed.prepare.qc, on_progress=update)
+    write_page(opened, rows, folder / "qc.html", composed.prepare.qc, pictures=pictures)
+    bad = [row for row in rows if row.flags]
+    out.print(f"{folder / 'qc.html'}: {len(bad)} of {len(rows)} runs flagged", soft_wrap=True)
+    for row in bad:
+        out.print(f"  {row.run.name}: {'; '.join(row.flags)}", soft_wrap=True)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from fmrizoo.data.bids import RunFile, find_runs
 from fmrizoo.data.confounds import check_strategy
 from fmrizoo.data.interrupt import listening, shield
 from fmrizoo.data.process import settings_of
+from fmrizoo.data.qc import flags, measures_of
 from fmrizoo.data.sample import resolve_source
 from fmrizoo.data.store import INDEX, PARTICIPANTS, read_index, write_index
 from fmrizoo.data.subject import (
@@ -58,12 +59,16 @@ class PrepareReport:
         store: The folder.
         prepared, kept: Names of runs written now, and of runs that were already there.
         skipped: Runs left out (only with ``skip_bad``).
+        flagged: Runs of this call that are in the store but failed a quality check, with reasons.
+        unmeasured: Kept runs of an older version, which took no measures (``fmrizoo qc`` does).
     """
 
     store: Path
     prepared: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    flagged: dict[str, list[str]] = field(default_factory=dict)
+    unmeasured: list[str] = field(default_factory=list)
 
 
 def prepare(
@@ -125,7 +130,30 @@ def prepare(
         with shield():
             _publish(out, folder, entries, [r.staged for r in results if r.staged])
             _remove_unused(out, old, entries)
+    _judge(report, entries, config)
     return report
+
+
+def _judge(report: PrepareReport, entries: list[dict[str, Any]], config: PrepareConfig) -> None:
+    """Compare the quality measures of this call's runs with their limits; say what is flagged."""
+    asked = {*report.prepared, *report.kept}
+    for entry in entries:
+        if entry["name"] not in asked:
+            continue
+        if not entry.get("qc"):
+            report.unmeasured.append(entry["name"])
+        elif reasons := flags(measures_of(entry), config.qc):
+            report.flagged[entry["name"]] = reasons
+    if report.flagged:
+        listing = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in report.flagged.items())
+        log.warning(
+            "%d of %d runs are flagged by the quality checks; they are in the store all the same "
+            "(`fmrizoo qc %s` shows them, prepare.qc sets the limits):\n%s",
+            len(report.flagged),
+            len(asked),
+            report.store,
+            listing,
+        )
 
 
 def _tasks(

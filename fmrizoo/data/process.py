@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from fmrizoo.config import PrepareConfig
+from fmrizoo.data import qc
 from fmrizoo.data.bids import RunFile
 from fmrizoo.data.codec import Encoded, encode
 from fmrizoo.data.confounds import load_confounds, regress
@@ -25,12 +26,13 @@ from fmrizoo.types import Contract
 log = logging.getLogger(__name__)
 
 _FORMAT = 1  # raise when the same settings would give other bytes: runs are then prepared again
+_NO_VALUES = ("select", "on_tr_conflict", "qc")  # settings that change no stored value
 _LOST = 0.01  # share of the brain outside the stored grid above which we say so
 
 
 def settings_of(config: PrepareConfig) -> dict[str, Any]:
     """The settings that change a run's stored bytes (``select`` only chooses runs)."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("select", "on_tr_conflict")}
+    settings = {k: v for k, v in asdict(config).items() if k not in _NO_VALUES}
     if config.space == "native":
         for unused in ("grid", "voxel_size", "center"):
             settings.pop(unused)
@@ -75,7 +77,7 @@ def process(
         raise DataError(
             f"{run.path}: no brain voxel lies in the stored grid (prepare.grid, voxel_size, center)"
         )
-    _report_lost(run.path, loaded, mask, affine)
+    inside = _share_inside(run.path, loaded, mask, affine)
     bold = _in_brain(loaded, mask, config)
     if config.confounds:
         n_all = len(bold) + config.dummy_scans
@@ -92,6 +94,14 @@ def process(
         tr=loaded.tr,
         code_version=__version__,
     )
+    encoded = encode(bold, config.codec, config.max_error)
+    measures = {
+        **qc.signal_measures(bold),
+        **qc.motion_measures(run, config.dummy_scans, len(bold)),
+        "inside": inside,
+        "cover": qc.template_cover(mask, config),
+        "source_axes": qc.axis_codes(loaded.affine),
+    }
     key = asdict(run.key)
     meta = {
         "name": str(run.key),
@@ -104,8 +114,9 @@ def process(
         "events": read_events(run.events, config.dummy_scans * loaded.tr),
         "statistics": statistics(bold),
         "source": run.path.name,
+        "qc": measures,
     }
-    return meta, encode(bold, config.codec, config.max_error), mask
+    return meta, encoded, mask
 
 
 def statistics(bold: NDArray[np.float32]) -> dict[str, float]:
@@ -133,12 +144,14 @@ def _in_brain(
     return out
 
 
-def _report_lost(
+def _share_inside(
     path: Path, loaded: LoadedRun, mask: NDArray[np.bool_], affine: NDArray[np.float64]
-) -> None:
+) -> float:
+    """Share of the run's brain volume that the stored grid holds."""
     volume = abs(np.linalg.det(loaded.affine[:3, :3])) * loaded.mask.sum()
     kept = abs(np.linalg.det(affine[:3, :3])) * mask.sum()
     if kept < (1 - _LOST) * volume:
         log.warning(
             "%s: %.1f %% of the brain lies outside the stored grid", path, 100 * (1 - kept / volume)
         )
+    return float(min(1.0, kept / volume))  # resampling a mask can add a voxel
