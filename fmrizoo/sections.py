@@ -49,6 +49,7 @@ class PrepareConfig:
     """How NIfTI runs become a store."""
 
     space: str = "MNI152NLin2009cAsym"  # BIDS space to pick; `native`: keep each run's own voxels
+    desc: str = "preproc"  # BIDS desc to pick among derivatives; HCP: what follows the run's name
     grid: list[int] = field(default_factory=lambda: [96, 96, 96])  # voxels x y z (not for native)
     voxel_size: list[float] = field(default_factory=lambda: [2.0, 2.0, 2.0])  # millimetres
     center: list[float] = field(
@@ -61,6 +62,9 @@ class PrepareConfig:
     on_tr_conflict: str = (
         "stop"  # header and sidecar disagree: stop | sidecar (follow it, and say so)
     )
+    target_tr: float | None = None  # seconds; resample all runs in time; None: keep their TR
+    time_interpolation: str = "cubic"  # cubic | linear, for target_tr
+    allow_shorter_tr: bool = False  # target_tr may lie below a run's TR: frames are then made up
     confounds: str | None = (
         None  # nilearn strategy: simple, scrubbing, compcor, ica_aroma; None: none
     )
@@ -75,6 +79,11 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         one_of("prepare.codec", self.codec, ("int8", "gzip"))
+        one_of("prepare.time_interpolation", self.time_interpolation, ("cubic", "linear"))
+        require(
+            self.target_tr is None or 0 < self.target_tr < math.inf,
+            f"prepare.target_tr must be a number of seconds > 0, got {self.target_tr}",
+        )
         one_of("prepare.on_tr_conflict", self.on_tr_conflict, ("stop", "sidecar"))
         for key in ("grid", "voxel_size"):
             value = getattr(self, key)

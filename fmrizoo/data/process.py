@@ -19,6 +19,7 @@ from fmrizoo.data.codec import Encoded, encode
 from fmrizoo.data.confounds import load_confounds, regress
 from fmrizoo.data.nifti import LoadedRun, load_run, read_events
 from fmrizoo.data.spatial import place, voxel_size
+from fmrizoo.data.temporal import SAME, resample_time
 from fmrizoo.errors import DataError
 from fmrizoo.files import sha256_of
 from fmrizoo.types import Contract
@@ -26,13 +27,17 @@ from fmrizoo.types import Contract
 log = logging.getLogger(__name__)
 
 _FORMAT = 1  # raise when the same settings would give other bytes: runs are then prepared again
-_NO_VALUES = ("select", "on_tr_conflict", "qc")  # settings that change no stored value
+_NO_VALUES = ("select", "on_tr_conflict", "qc", "desc")  # settings that change no stored value
 _LOST = 0.01  # share of the brain outside the stored grid above which we say so
 
 
 def settings_of(config: PrepareConfig) -> dict[str, Any]:
     """The settings that change a run's stored bytes (``select`` only chooses runs)."""
     settings = {k: v for k, v in asdict(config).items() if k not in _NO_VALUES}
+    settings.pop("allow_shorter_tr")
+    if config.target_tr is None:  # stores of versions without it stay the same
+        for unused in ("target_tr", "time_interpolation"):
+            settings.pop(unused)
     if config.space == "native":
         for unused in ("grid", "voxel_size", "center"):
             settings.pop(unused)
@@ -84,6 +89,7 @@ def process(
         confounds, kept = load_confounds(run.path, config.confounds, n_all)
         with threadpool_limits(1):  # sums in one order, whatever else the machine does
             bold = regress(bold, confounds[config.dummy_scans :], kept[config.dummy_scans :])
+    bold, tr = _in_time(bold, loaded.tr, run.path, config)
     if not np.isfinite(bold).all():
         raise DataError(f"{run.path}: placing it in the stored grid gave non-finite values")
     contract = Contract(
@@ -91,23 +97,24 @@ def process(
         orientation=config.orientation,
         grid=(mask.shape[0], mask.shape[1], mask.shape[2]),
         voxel_size=voxel_size(affine),
-        tr=loaded.tr,
+        tr=tr,
         code_version=__version__,
     )
     encoded = encode(bold, config.codec, config.max_error)
     measures = {
         **qc.signal_measures(bold),
-        **qc.motion_measures(run, config.dummy_scans, len(bold)),
+        **qc.motion_measures(run, config.dummy_scans, loaded.bold.shape[3]),
         "inside": inside,
         "cover": qc.template_cover(mask, config),
         "source_axes": qc.axis_codes(loaded.affine),
+        "source_tr": loaded.tr,
     }
     key = asdict(run.key)
     meta = {
         "name": str(run.key),
         "uuid": uuid.uuid4().hex,
         "key": {**key, "extra": [list(pair) for pair in run.key.extra]},
-        "tr": loaded.tr,
+        "tr": tr,
         "grid": list(mask.shape),
         "affine": affine.tolist(),
         "contract": {**contract.to_dict(), "grid": list(mask.shape)},
@@ -117,6 +124,22 @@ def process(
         "qc": measures,
     }
     return meta, encoded, mask
+
+
+def _in_time(
+    bold: NDArray[np.float32], tr: float, path: Path, config: PrepareConfig
+) -> tuple[NDArray[np.float32], float]:
+    """The frames at ``prepare.target_tr``, and the TR they have then."""
+    target = config.target_tr
+    if target is None or abs(target - tr) <= SAME:
+        return bold, tr
+    if target < tr and not config.allow_shorter_tr:
+        raise DataError(
+            f"{path} has a TR of {tr:g} s, longer than prepare.target_tr={target:g} s: frames "
+            f"between those recorded would be made up. Take the longest TR of all runs, or set "
+            f"prepare.allow_shorter_tr=true"
+        )
+    return resample_time(bold, tr, target, config.time_interpolation, path), target
 
 
 def statistics(bold: NDArray[np.float32]) -> dict[str, float]:

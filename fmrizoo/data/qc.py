@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from fmrizoo.config import PrepareConfig, QcConfig
 from fmrizoo.data.bids import RunFile
+from fmrizoo.data.hcp import read_motion
 from fmrizoo.data.spatial import Affine, nibabel_orientations, place
 from fmrizoo.data.store import RunInfo, Store, read_table
 from fmrizoo.errors import DataError
@@ -76,6 +77,7 @@ LIMITS = (
 COLUMNS = (
     "tsnr", "fd_mean", "fd_max", "dvars", "dvars_max", "spikes", "dropout", "inside", "cover",
     "quantisation_error", "frames", "tr", "minutes", "source_axes",
+    "source_tr",
 )  # fmt: skip
 
 
@@ -128,15 +130,16 @@ def motion_measures(run: RunFile, dummy_scans: int, n_frames: int) -> Measures:
     Raises:
         DataError: estimates that cannot be read or are of another length than the run.
     """
-    fd = None
-    if run.confounds is not None:
+    fd, path = None, run.motion or run.confounds
+    if run.motion is not None:
+        fd = power_displacement(*read_motion(run.motion))
+    elif run.confounds is not None:
         fd = _displacement_column(run.confounds)
     if fd is None:
         return {"fd_mean": None, "fd_max": None}
     if len(fd) != n_frames + dummy_scans:
         raise DataError(
-            f"{run.confounds} has {len(fd)} rows for the {n_frames + dummy_scans} volumes of "
-            f"{run.path}"
+            f"{path} has {len(fd)} rows for the {n_frames + dummy_scans} volumes of {run.path}"
         )
     fd = fd[dummy_scans:]
     fd = fd[np.isfinite(fd)]  # the first volume has no predecessor
