@@ -1,4 +1,4 @@
-"""Commands about data and files: prepare, qc, inspect."""
+"""Commands about data and files: download, prepare, qc, inspect."""
 
 from __future__ import annotations
 
@@ -15,9 +15,28 @@ from fmrizoo.cli.shell import INTERRUPTED, Out, Overrides, app, err, out, progre
 
 
 @app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="development_fmri, adhd or abide_pcp.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to fill; the same again goes on.")],
+    subjects: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many.", show_default=False)
+    ] = None,
+) -> None:
+    """An open data set through nilearn, with phenotypes as participants.tsv."""
+    from fmrizoo.data.download import download as run
+
+    done = run(name, folder, subjects=subjects)
+    out.print(f"{done.table}: {done.subjects} subjects. Next:", soft_wrap=True)
+    out.print(
+        f"fmrizoo prepare {done.table} STORE prepare.space={done.space} prepare.mask=compute",
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def prepare(
     source: Annotated[
-        str, typer.Argument(help="BIDS or fMRIPrep folder, TSV of files, or sample:haxby2001.")
+        str, typer.Argument(help="BIDS, fMRIPrep or HCP folder, TSV of files, or sample:haxby2001.")
     ],
     store: Annotated[Path, typer.Argument(help="Folder of the store to write or add to.")],
     overrides: Overrides = None,
@@ -30,6 +49,9 @@ def prepare(
     jobs: Annotated[
         int, typer.Option("--jobs", "-j", min=1, help="Subjects prepared at a time.")
     ] = 1,
+    layout: Annotated[
+        str, typer.Option("--from", help="bids, hcp, swift or hdf5; auto looks what is there.")
+    ] = "auto",
 ) -> None:
     """NIfTI runs → one checksummed HDF5 file per subject."""
     from fmrizoo.data.interrupt import Interrupted
@@ -46,7 +68,13 @@ def prepare(
                 update(event.done, event.total, f"{event.run} {event.state}")
 
             report = run(
-                source, store, composed.prepare, skip_bad=skip_bad, jobs=jobs, on_progress=note
+                source,
+                store,
+                composed.prepare,
+                skip_bad=skip_bad,
+                jobs=jobs,
+                layout=layout,
+                on_progress=note,
             )
     except Interrupted:
         err.print("interrupted: finished subjects are kept, the same command goes on from there")

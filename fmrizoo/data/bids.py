@@ -17,6 +17,7 @@ from pathlib import Path
 from fmrizoo.config import PrepareConfig
 from fmrizoo.data.store import matches, read_table, records
 from fmrizoo.errors import DataError
+from fmrizoo.registry import suggest
 from fmrizoo.types import RunKey
 
 log = logging.getLogger(__name__)
@@ -25,8 +26,20 @@ _NIFTI = (".nii.gz", ".nii")
 _NAMED = {"ses": "session", "task": "task", "acq": "acquisition", "run": "run"}
 _NOT_IDENTITY = ("space", "desc")  # say how a file was made, not which recording it is
 _VERSIONS = ("res", "den", "rec", "part")  # entities by which files of one recording differ
+LAYOUTS = ("auto", "bids", "hcp", "swift", "hdf5")
 LABEL = re.compile(r"[\w.+-]+")
-_COLUMNS = ("path", "subject", "session", "task", "acquisition", "run", "tr", "mask", "events")
+_COLUMNS = (
+    "path",
+    "subject",
+    "session",
+    "task",
+    "acquisition",
+    "run",
+    "tr",
+    "mask",
+    "events",
+    "confounds",
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,8 @@ class RunFile:
         events: events.tsv, if there is one.
         confounds: fMRIPrep's confounds table, if there is one.
         motion: HCP's Movement_Regressors.txt, if there is one.
+        layout: ``nifti``, or ``swift`` or ``hdf5`` (:mod:`fmrizoo.data.legacy`; ``path`` may then
+            be a folder).
     """
 
     key: RunKey
@@ -50,6 +65,7 @@ class RunFile:
     events: Path | None = None
     confounds: Path | None = None
     motion: Path | None = None
+    layout: str = "nifti"
 
 
 @dataclass(frozen=True)
@@ -87,20 +103,22 @@ def _key(entities: Mapping[str, str]) -> RunKey:
     return RunKey(subject, session, task, acquisition, run, extra)
 
 
-def find_runs(source: Path, config: PrepareConfig) -> list[RunFile]:
+def find_runs(source: Path, config: PrepareConfig, layout: str = "auto") -> list[RunFile]:
     """Every run of ``source`` that ``config.space`` and ``config.select`` ask for, in name order.
 
     Args:
         source: A BIDS raw folder, an fMRIPrep derivatives folder, subjects as the HCP lays them out
             (:mod:`fmrizoo.data.hcp`), or a ``.tsv`` with the columns
-            ``path`` and ``subject`` and any of session, task, acquisition, run, tr, mask, events
-            (paths relative to the TSV).
+            ``path`` and ``subject`` and any of session, task, acquisition, run, tr, mask, events,
+            confounds (paths relative to the TSV).
+
+        layout: One of ``LAYOUTS``; ``auto`` looks what is there.
 
     Raises:
         DataError: nothing found (with what was looked for), two files for one run (all are listed),
             single echoes, a TSV without the needed columns or naming a missing file.
     """
-    runs = _all_runs(source, config)
+    runs = _all_runs(source, config, layout)
     if not runs:
         raise DataError(f"{source} lists no run")
     chosen = [run for run in runs if matches(run.key, config.select)]
@@ -121,12 +139,24 @@ def find_runs(source: Path, config: PrepareConfig) -> list[RunFile]:
     return chosen
 
 
-def _all_runs(source: Path, config: PrepareConfig) -> list[RunFile]:
+def _all_runs(source: Path, config: PrepareConfig, layout: str) -> list[RunFile]:
     from fmrizoo.data.hcp import find_hcp_runs, is_hcp
+    from fmrizoo.data.legacy import find_legacy_runs, legacy_layout
 
+    if layout not in LAYOUTS:
+        raise DataError(f"layout {layout!r} is not known.{suggest(layout, list(LAYOUTS))}")
     if source.is_file():
+        if layout != "auto":
+            raise DataError(f"{source} is a file: layout {layout} is one of folders")
         return _from_table(source)
-    return find_hcp_runs(source, config) if is_hcp(source) else _from_folder(source, config)
+    if layout == "auto":
+        layout = "bids" if any(source.glob("sub-*/**/*_bold.nii*")) else ""
+        layout = layout or ("hcp" if is_hcp(source) else legacy_layout(source)) or "bids"
+    if layout == "hcp":
+        return find_hcp_runs(source, config)
+    if layout in ("swift", "hdf5"):
+        return find_legacy_runs(source, layout)
+    return _from_folder(source, config)
 
 
 def _refuse_echoes(runs: list[RunFile], config: PrepareConfig) -> None:
@@ -202,7 +232,8 @@ def _nothing(source: Path, bolds: list[_File], config: PrepareConfig) -> str:
         )
     return (
         f"{len(bolds)} BOLD runs in {source}, none in space {config.space!r}: found "
-        f"{', '.join(spaces)} (native = no space entity, as in raw BIDS). Set prepare.space to one of these"
+        f"{', '.join(spaces)} (native = no space entity, as in raw BIDS). Set prepare.space to one "
+        f"of these"
     )
 
 
@@ -320,4 +351,4 @@ def _from_row(source: Path, line: int, row: Mapping[str, str]) -> RunFile:
     key = _key({"sub": row["subject"].removeprefix("sub-"), **labels})
     if bad := [v for v in (key.subject, *labels.values()) if not re.fullmatch(r"[\w.+-]*", v)]:
         raise DataError(f"{source} line {line}: {bad[0]!r} is no label (letters, digits, -, +, .)")
-    return RunFile(key, path, existing("mask"), tr, existing("events"))
+    return RunFile(key, path, existing("mask"), tr, existing("events"), existing("confounds"))

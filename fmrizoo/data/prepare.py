@@ -78,6 +78,7 @@ def prepare(
     *,
     skip_bad: bool = False,
     jobs: int = 1,
+    layout: str = "auto",
     on_progress: Callable[[ProgressEvent], None] | None = None,
 ) -> PrepareReport:
     """Write the runs of ``source`` into the store ``out`` (added to, if it is one already).
@@ -90,6 +91,7 @@ def prepare(
         skip_bad: Publish the good runs even if others cannot be used.
         jobs: Subjects prepared at a time, each in a process of its own if more than one (a script
             then needs ``if __name__ == "__main__":``). The values stored do not depend on it.
+        layout: ``bids``, ``hcp``, ``swift``, ``hdf5``; ``auto`` looks what is there.
         on_progress: Called after every run.
 
     Returns:
@@ -107,7 +109,7 @@ def prepare(
     if config.confounds is not None:
         check_strategy(config.confounds)
     folder = resolve_source(source)
-    runs = find_runs(folder, config)
+    runs = find_runs(folder, config, layout)
     report = PrepareReport(out)
     counter = itertools.count(1)
 
@@ -247,11 +249,12 @@ def _existing(out: Path, runs: list[RunFile], config: PrepareConfig) -> dict[str
         log.warning("%s; it is built anew", error)
         return {}
     asked = {str(run.key) for run in runs}
-    settings = settings_of(config)
+    settings = settings_of(config, runs[0].layout)
     for name, entry in entries.items():
         theirs = entry["fingerprint"]["settings"]
         if name not in asked and theirs != settings:
-            keys = sorted(k for k in settings if settings[k] != theirs.get(k))
+            both = {**theirs, **settings}
+            keys = sorted(k for k in both if settings.get(k) != theirs.get(k))
             raise DataError(
                 f"{out} holds {name}, prepared with other settings ({', '.join(keys)}), and this "
                 f"call does not renew it: give another folder for the store"

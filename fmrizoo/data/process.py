@@ -17,6 +17,7 @@ from fmrizoo.data import qc
 from fmrizoo.data.bids import RunFile
 from fmrizoo.data.codec import Encoded, encode
 from fmrizoo.data.confounds import load_confounds, regress
+from fmrizoo.data.legacy import UNKNOWN, digest, load_legacy
 from fmrizoo.data.nifti import LoadedRun, load_run, read_events
 from fmrizoo.data.spatial import place, voxel_size
 from fmrizoo.data.temporal import SAME, resample_time
@@ -31,7 +32,7 @@ _NO_VALUES = ("select", "on_tr_conflict", "qc", "desc")  # settings that change 
 _LOST = 0.01  # share of the brain outside the stored grid above which we say so
 
 
-def settings_of(config: PrepareConfig) -> dict[str, Any]:
+def settings_of(config: PrepareConfig, layout: str = "nifti") -> dict[str, Any]:
     """The settings that change a run's stored bytes (``select`` only chooses runs)."""
     settings = {k: v for k, v in asdict(config).items() if k not in _NO_VALUES}
     settings.pop("allow_shorter_tr")
@@ -46,6 +47,8 @@ def settings_of(config: PrepareConfig) -> dict[str, Any]:
     for key, value in settings.items():
         if isinstance(value, (list, tuple)):
             settings[key] = [float(v) for v in value]
+    if layout != "nifti":
+        settings["layout"] = layout
     return {**settings, "format": _FORMAT}
 
 
@@ -55,6 +58,9 @@ def fingerprint(run: RunFile, config: PrepareConfig) -> dict[str, Any]:
     Raises:
         DataError: a file is missing.
     """
+    if run.layout != "nifti":
+        settings = settings_of(config, run.layout)
+        return {"sha256": {"bold": digest(run)}, "tr": run.tr, "settings": settings}
     mask = {"auto": run.mask, "compute": None}.get(config.mask, Path(config.mask))
     confounds = run.confounds if config.confounds else None
     parts = {"bold": run.path, "mask": mask, "events": run.events, "confounds": confounds}
@@ -76,14 +82,19 @@ def process(
     """
     from fmrizoo import __version__
 
-    loaded = load_run(run, config)
-    mask, affine = place(loaded.mask, loaded.affine, config, nearest=True)
+    known = run.layout == "nifti"
+    if known:
+        loaded = load_run(run, config)
+        mask, affine = place(loaded.mask, loaded.affine, config, nearest=True)
+    else:
+        loaded = load_legacy(run, config)
+        mask, affine = loaded.mask, loaded.affine
     if not mask.any():
         raise DataError(
             f"{run.path}: no brain voxel lies in the stored grid (prepare.grid, voxel_size, center)"
         )
     inside = _share_inside(run.path, loaded, mask, affine)
-    bold = _in_brain(loaded, mask, config)
+    bold = _in_brain(loaded, mask, config if known else None)
     if config.confounds:
         n_all = len(bold) + config.dummy_scans
         confounds, kept = load_confounds(run.path, config.confounds, n_all)
@@ -93,10 +104,10 @@ def process(
     if not np.isfinite(bold).all():
         raise DataError(f"{run.path}: placing it in the stored grid gave non-finite values")
     contract = Contract(
-        space=config.space,
-        orientation=config.orientation,
+        space=config.space if known else UNKNOWN,
+        orientation=config.orientation if known else UNKNOWN,
         grid=(mask.shape[0], mask.shape[1], mask.shape[2]),
-        voxel_size=voxel_size(affine),
+        voxel_size=voxel_size(affine) if known else (0.0, 0.0, 0.0),
         tr=tr,
         code_version=__version__,
     )
@@ -104,9 +115,9 @@ def process(
     measures = {
         **qc.signal_measures(bold),
         **qc.motion_measures(run, config.dummy_scans, loaded.bold.shape[3]),
-        "inside": inside,
-        "cover": qc.template_cover(mask, config),
-        "source_axes": qc.axis_codes(loaded.affine),
+        "inside": inside if known else None,
+        "cover": qc.template_cover(mask, config) if known else None,
+        "source_axes": qc.axis_codes(loaded.affine) if known else None,
         "source_tr": loaded.tr,
     }
     key = asdict(run.key)
@@ -156,13 +167,18 @@ def statistics(bold: NDArray[np.float32]) -> dict[str, float]:
 
 
 def _in_brain(
-    loaded: LoadedRun, mask: NDArray[np.bool_], config: PrepareConfig
+    loaded: LoadedRun, mask: NDArray[np.bool_], config: PrepareConfig | None
 ) -> NDArray[np.float32]:
-    """``(frames, n_vox)`` in the stored grid, a frame block at a time to bound the memory."""
+    """``(frames, n_vox)`` in the stored grid, a frame block at a time to bound the memory.
+
+    ``config`` is None where frames stay where they are.
+    """
     n_frames = loaded.bold.shape[3]
     out = np.empty((n_frames, int(mask.sum())), np.float32)
     for start in range(0, n_frames, 32):
-        part, _ = place(loaded.bold[..., start : start + 32], loaded.affine, config)
+        part = loaded.bold[..., start : start + 32]
+        if config is not None:
+            part, _ = place(part, loaded.affine, config)
         out[start : start + 32] = part[mask].T
     return out
 

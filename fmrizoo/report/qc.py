@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from fmrizoo import __version__
 from fmrizoo.config import QcConfig
+from fmrizoo.data.legacy import UNKNOWN
 from fmrizoo.data.qc import LIMITS, Measures, QcRow
 from fmrizoo.data.spatial import reorient
 from fmrizoo.data.store import Store
 from fmrizoo.files import write_atomic
 
 _SIZE = 126  # CSS pixels of the longest side of a slice
-UNKNOWN = "unknown"  # orientation of imported stores
 
 
 @dataclass(frozen=True)
