@@ -80,8 +80,6 @@ def process(
     Raises:
         DataError: the run cannot be used (one sentence, file named).
     """
-    from fmrizoo import __version__
-
     known = run.layout == "nifti"
     if known:
         loaded = load_run(run, config)
@@ -103,14 +101,7 @@ def process(
     bold, tr = _in_time(bold, loaded.tr, run.path, config)
     if not np.isfinite(bold).all():
         raise DataError(f"{run.path}: placing it in the stored grid gave non-finite values")
-    contract = Contract(
-        space=config.space if known else UNKNOWN,
-        orientation=config.orientation if known else UNKNOWN,
-        grid=(mask.shape[0], mask.shape[1], mask.shape[2]),
-        voxel_size=voxel_size(affine) if known else (0.0, 0.0, 0.0),
-        tr=tr,
-        code_version=__version__,
-    )
+    contract = _contract(config if known else None, mask, affine, tr)
     encoded = encode(bold, config.codec, config.max_error)
     measures = {
         **qc.signal_measures(bold),
@@ -135,6 +126,22 @@ def process(
         "qc": measures,
     }
     return meta, encoded, mask
+
+
+def _contract(
+    config: PrepareConfig | None, mask: NDArray[np.bool_], affine: NDArray[np.float64], tr: float
+) -> Contract:
+    """``config`` is None where nothing is known about the space."""
+    from fmrizoo import __version__
+
+    return Contract(
+        space=config.space if config else UNKNOWN,
+        orientation=config.orientation if config else UNKNOWN,
+        grid=(mask.shape[0], mask.shape[1], mask.shape[2]),
+        voxel_size=voxel_size(affine) if config else (0.0, 0.0, 0.0),
+        tr=tr,
+        code_version=__version__,
+    )
 
 
 def _in_time(
