@@ -195,3 +195,18 @@ def test_slices_are_turned_to_the_viewer(tree: Any, made: Callable[..., Store]) 
             # Brightest in the upper right corner: up is front or top, right is right or front.
             assert shades[:half, -wide:].mean() > shades[-half:, :wide].mean() + 20
             assert part.left + part.right == ends
+
+
+def test_the_command(three: Path, tmp_path: Path, made: Callable[..., Store]) -> None:
+    from typer.testing import CliRunner
+
+    from fmrizoo.cli import app
+
+    made(three)
+    given = ["qc", str(tmp_path / "store"), "--out", str(tmp_path / "q"), "prepare.qc.min_tsnr=70"]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0, done.output
+    assert "2 of 3 runs flagged" in done.output and "is below 70" in done.output
+    assert sorted(p.name for p in (tmp_path / "q").iterdir()) == ["qc.html", "qc.tsv"]
+    missing = CliRunner().invoke(app, ["qc", str(tmp_path / "none"), "--out", str(tmp_path / "r")])
+    assert isinstance(missing.exception, DataError) and "is not a store" in str(missing.exception)
