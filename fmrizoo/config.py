@@ -25,6 +25,7 @@ from fmrizoo.sections import AffineConfig as AffineConfig
 from fmrizoo.sections import AugmentConfig as AugmentConfig
 from fmrizoo.sections import DataConfig as DataConfig
 from fmrizoo.sections import PrepareConfig as PrepareConfig
+from fmrizoo.sections import QcConfig as QcConfig
 from fmrizoo.sections import SplitConfig as SplitConfig
 from fmrizoo.sections import StoreConfig as StoreConfig
 from fmrizoo.sections import SweepConfig as SweepConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from fmrizoo.errors import RecipeError
 from fmrizoo.registry import suggest
@@ -23,10 +23,33 @@ def one_of(key: str, value: str, known: Sequence[str]) -> None:
 
 
 @dataclass
+class QcConfig:
+    """Limits of the quality checks; a run beyond one is flagged, never dropped. 0: not checked."""
+
+    min_tsnr: float = 20.0  # median over brain voxels of mean / s.d. over time
+    max_fd: float = 0.5  # mm, mean framewise displacement; where motion estimates exist
+    max_dvars: float = 0.0  # % of the mean signal, mean over frames; depends on voxels and tasks
+    max_spikes: float = 0.05  # share of frames whose global signal leaps
+    max_dropout: float = 0.1  # share of brain voxels darker than a fifth of the median
+    min_inside: float = 0.95  # share of the run's brain that the stored grid holds
+    min_cover: float = 0.8  # share of the template's brain that the run covers; MNI spaces only
+    max_quantisation: float = 0.02  # rms error of the stored numbers / s.d. over time
+    min_minutes: float = 0.0  # of recording
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            require(
+                0 <= value < math.inf, f"prepare.qc.{limit.name} must be a number ≥ 0, got {value}"
+            )
+
+
+@dataclass
 class PrepareConfig:
     """How NIfTI runs become a store."""
 
     space: str = "MNI152NLin2009cAsym"  # BIDS space to pick; `native`: keep each run's own voxels
+    desc: str = "preproc"  # BIDS desc to pick among derivatives; HCP: what follows the run's name
     grid: list[int] = field(default_factory=lambda: [96, 96, 96])  # voxels x y z (not for native)
     voxel_size: list[float] = field(default_factory=lambda: [2.0, 2.0, 2.0])  # millimetres
     center: list[float] = field(
@@ -39,6 +62,9 @@ class PrepareConfig:
     on_tr_conflict: str = (
         "stop"  # header and sidecar disagree: stop | sidecar (follow it, and say so)
     )
+    target_tr: float | None = None  # seconds; resample all runs in time; None: keep their TR
+    time_interpolation: str = "cubic"  # cubic | linear, for target_tr
+    allow_shorter_tr: bool = False  # target_tr may lie below a run's TR: frames are then made up
     confounds: str | None = (
         None  # nilearn strategy: simple, scrubbing, compcor, ica_aroma; None: none
     )
@@ -49,9 +75,15 @@ class PrepareConfig:
     select: dict[str, str] = field(
         default_factory=dict
     )  # BIDS entities to keep, {acquisition: 1slice}
+    qc: QcConfig = field(default_factory=QcConfig)  # limits beyond which a run is flagged
 
     def __post_init__(self) -> None:
         one_of("prepare.codec", self.codec, ("int8", "gzip"))
+        one_of("prepare.time_interpolation", self.time_interpolation, ("cubic", "linear"))
+        require(
+            self.target_tr is None or 0 < self.target_tr < math.inf,
+            f"prepare.target_tr must be a number of seconds > 0, got {self.target_tr}",
+        )
         one_of("prepare.on_tr_conflict", self.on_tr_conflict, ("stop", "sidecar"))
         for key in ("grid", "voxel_size"):
             value = getattr(self, key)

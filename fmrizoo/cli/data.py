@@ -1,4 +1,4 @@
-"""Commands about data and files: prepare, inspect."""
+"""Commands about data and files: download, prepare, qc, inspect."""
 
 from __future__ import annotations
 
@@ -11,13 +11,32 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fmrizoo.cli.shell import Overrides, app, out, progress
+from fmrizoo.cli.shell import INTERRUPTED, Out, Overrides, app, err, out, progress
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="development_fmri, adhd or abide_pcp.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to fill; the same again goes on.")],
+    subjects: Annotated[
+        int | None, typer.Option(min=1, help="Only the first so many.", show_default=False)
+    ] = None,
+) -> None:
+    """An open data set through nilearn, with phenotypes as participants.tsv."""
+    from fmrizoo.data.download import download as run
+
+    done = run(name, folder, subjects=subjects)
+    out.print(f"{done.table}: {done.subjects} subjects. Next:", soft_wrap=True)
+    out.print(
+        f"fmrizoo prepare {done.table} STORE prepare.space={done.space} prepare.mask=compute",
+        soft_wrap=True,
+    )
 
 
 @app.command()
 def prepare(
     source: Annotated[
-        str, typer.Argument(help="BIDS or fMRIPrep folder, TSV of files, or sample:haxby2001.")
+        str, typer.Argument(help="BIDS, fMRIPrep or HCP folder, TSV of files, or sample:haxby2001.")
     ],
     store: Annotated[Path, typer.Argument(help="Folder of the store to write or add to.")],
     overrides: Overrides = None,
@@ -27,23 +46,43 @@ def prepare(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Publish the good runs even if others are unusable.")
     ] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Subjects prepared at a time.")
+    ] = 1,
+    layout: Annotated[
+        str, typer.Option("--from", help="bids, hcp, swift or hdf5; auto looks what is there.")
+    ] = "auto",
 ) -> None:
     """NIfTI runs → one checksummed HDF5 file per subject."""
+    from fmrizoo.data.interrupt import Interrupted
     from fmrizoo.data.prepare import ProgressEvent
     from fmrizoo.data.prepare import prepare as run
     from fmrizoo.zoo import load_recipe
 
     # Without a recipe the overrides alone make one: prepare.codec=gzip, …
     composed = load_recipe(recipe if recipe else {}, overrides or [])
-    with progress("prepare") as update:
+    try:
+        with progress("prepare") as update:
 
-        def note(event: ProgressEvent) -> None:
-            update(event.done, event.total, f"{event.run} {event.state}")
+            def note(event: ProgressEvent) -> None:
+                update(event.done, event.total, f"{event.run} {event.state}")
 
-        report = run(source, store, composed.prepare, skip_bad=skip_bad, on_progress=note)
+            report = run(
+                source,
+                store,
+                composed.prepare,
+                skip_bad=skip_bad,
+                jobs=jobs,
+                layout=layout,
+                on_progress=note,
+            )
+    except Interrupted:
+        err.print("interrupted: finished subjects are kept, the same command goes on from there")
+        raise typer.Exit(INTERRUPTED) from None
     out.print(
         f"{store}: {len(report.prepared)} runs prepared, {len(report.kept)} kept, "
-        f"{len(report.skipped)} skipped",
+        f"{len(report.skipped)} skipped"
+        + (f", {len(report.flagged)} flagged" if report.flagged else ""),
         soft_wrap=True,
     )
     if report.skipped:
@@ -51,6 +90,35 @@ def prepare(
         for row in report.skipped:
             table.add_row(row.run, row.file, row.reason)
         out.print(table)
+
+
+@app.command()
+def qc(
+    store: Annotated[Path, typer.Argument(help="Prepared store.")],
+    folder: Out,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe whose prepare.qc limits apply.", show_default=False)
+    ] = None,
+    pictures: Annotated[
+        int, typer.Option(min=0, help="Runs shown with a picture, the worst first.")
+    ] = 200,
+) -> None:
+    """Quality of every run: qc.tsv and a page of pictures, the worst first."""
+    from fmrizoo.data.qc import write_table
+    from fmrizoo.data.store import Store
+    from fmrizoo.report.qc import write_page
+    from fmrizoo.zoo import load_recipe
+
+    composed = load_recipe(recipe if recipe else {}, overrides or [])
+    opened = Store(store)
+    with progress("qc") as update:
+        rows = write_table(opened, folder / "qc.tsv", composed.prepare.qc, on_progress=update)
+    write_page(opened, rows, folder / "qc.html", composed.prepare.qc, pictures=pictures)
+    bad = [row for row in rows if row.flags]
+    out.print(f"{folder / 'qc.html'}: {len(bad)} of {len(rows)} runs flagged", soft_wrap=True)
+    for row in bad:
+        out.print(f"  {row.run.name}: {'; '.join(row.flags)}", soft_wrap=True)
 
 
 @app.command()

@@ -11,12 +11,13 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fmrizoo.config import PrepareConfig
 from fmrizoo.data.store import matches, read_table, records
 from fmrizoo.errors import DataError
+from fmrizoo.registry import suggest
 from fmrizoo.types import RunKey
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,21 @@ log = logging.getLogger(__name__)
 _NIFTI = (".nii.gz", ".nii")
 _NAMED = {"ses": "session", "task": "task", "acq": "acquisition", "run": "run"}
 _NOT_IDENTITY = ("space", "desc")  # say how a file was made, not which recording it is
-_COLUMNS = ("path", "subject", "session", "task", "acquisition", "run", "tr", "mask", "events")
+_VERSIONS = ("res", "den", "rec", "part")  # entities by which files of one recording differ
+LAYOUTS = ("auto", "bids", "hcp", "swift", "hdf5")
+LABEL = re.compile(r"[\w.+-]+")
+_COLUMNS = (
+    "path",
+    "subject",
+    "session",
+    "task",
+    "acquisition",
+    "run",
+    "tr",
+    "mask",
+    "events",
+    "confounds",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,9 @@ class RunFile:
         tr: RepetitionTime of the sidecar (or the TSV's column), seconds.
         events: events.tsv, if there is one.
         confounds: fMRIPrep's confounds table, if there is one.
+        motion: HCP's Movement_Regressors.txt, if there is one.
+        layout: ``nifti``, or ``swift`` or ``hdf5`` (:mod:`fmrizoo.data.legacy`; ``path`` may then
+            be a folder).
     """
 
     key: RunKey
@@ -46,6 +64,8 @@ class RunFile:
     tr: float | None = None
     events: Path | None = None
     confounds: Path | None = None
+    motion: Path | None = None
+    layout: str = "nifti"
 
 
 @dataclass(frozen=True)
@@ -83,19 +103,22 @@ def _key(entities: Mapping[str, str]) -> RunKey:
     return RunKey(subject, session, task, acquisition, run, extra)
 
 
-def find_runs(source: Path, config: PrepareConfig) -> list[RunFile]:
+def find_runs(source: Path, config: PrepareConfig, layout: str = "auto") -> list[RunFile]:
     """Every run of ``source`` that ``config.space`` and ``config.select`` ask for, in name order.
 
     Args:
-        source: A BIDS raw folder, an fMRIPrep derivatives folder, or a ``.tsv`` with the columns
-            ``path`` and ``subject`` and any of session, task, acquisition, run, tr, mask, events
-            (paths relative to the TSV).
+        source: A BIDS raw folder, an fMRIPrep derivatives folder, subjects as the HCP lays them out
+            (:mod:`fmrizoo.data.hcp`), or a ``.tsv`` with the columns
+            ``path`` and ``subject`` and any of session, task, acquisition, run, tr, mask, events,
+            confounds (paths relative to the TSV).
+
+        layout: One of ``LAYOUTS``; ``auto`` looks what is there.
 
     Raises:
-        DataError: nothing found (with what was looked for), two files for one run, a TSV without
-            the needed columns or naming a missing file.
+        DataError: nothing found (with what was looked for), two files for one run (all are listed),
+            single echoes, a TSV without the needed columns or naming a missing file.
     """
-    runs = _from_table(source) if source.is_file() else _from_folder(source, config)
+    runs = _all_runs(source, config, layout)
     if not runs:
         raise DataError(f"{source} lists no run")
     chosen = [run for run in runs if matches(run.key, config.select)]
@@ -111,7 +134,57 @@ def find_runs(source: Path, config: PrepareConfig) -> list[RunFile]:
                 f"{one.path} and {other.path} are both run {one.key}: keep one of them out with "
                 f"prepare.select"
             )
+    _refuse_echoes(chosen, config)
+    _refuse_versions(chosen)
     return chosen
+
+
+def _all_runs(source: Path, config: PrepareConfig, layout: str) -> list[RunFile]:
+    from fmrizoo.data.hcp import find_hcp_runs, is_hcp
+    from fmrizoo.data.legacy import find_legacy_runs, legacy_layout
+
+    if layout not in LAYOUTS:
+        raise DataError(f"layout {layout!r} is not known.{suggest(layout, list(LAYOUTS))}")
+    if source.is_file():
+        if layout != "auto":
+            raise DataError(f"{source} is a file: layout {layout} is one of folders")
+        return _from_table(source)
+    if layout == "auto":
+        layout = "bids" if any(source.glob("sub-*/**/*_bold.nii*")) else ""
+        layout = layout or ("hcp" if is_hcp(source) else legacy_layout(source)) or "bids"
+    if layout == "hcp":
+        return find_hcp_runs(source, config)
+    if layout in ("swift", "hdf5"):
+        return find_legacy_runs(source, layout)
+    return _from_folder(source, config)
+
+
+def _refuse_echoes(runs: list[RunFile], config: PrepareConfig) -> None:
+    echoes = [run for run in runs if "echo" in dict(run.key.extra)]
+    if echoes and "echo" not in config.select:
+        raise DataError(
+            f"{echoes[0].path} is one echo of a multi-echo run ({len(echoes)} such files): combine "
+            f"the echoes first (fMRIPrep and tedana do) and prepare the result, or pick one on "
+            f"purpose with prepare.select.echo=2"
+        )
+
+
+def _refuse_versions(runs: list[RunFile]) -> None:
+    """Two files that differ in how they were made are one recording: it would count twice."""
+    found: dict[RunKey, list[RunFile]] = {}
+    for run in runs:
+        bare = tuple(pair for pair in run.key.extra if pair[0] not in _VERSIONS)
+        found.setdefault(replace(run.key, extra=bare), []).append(run)
+    several = [files for files in found.values() if len(files) > 1]
+    if several:
+        first = several[0]
+        listing = "\n".join(f"  {run.path}" for run in first)
+        keys = [k for k in _VERSIONS if len({dict(run.key.extra).get(k) for run in first}) > 1]
+        value = dict(first[0].key.extra).get(keys[0], "")
+        raise DataError(
+            f"{len(several)} of {len(found)} recordings have several files that match, such as\n"
+            f"{listing}\npick one kind, such as prepare.select.{keys[0]}={value}"
+        )
 
 
 # --- a folder -------------------------------------------------------------------------------------
@@ -121,9 +194,9 @@ def _from_folder(source: Path, config: PrepareConfig) -> list[RunFile]:
     subjects = sorted(p for p in source.glob("sub-*") if p.is_dir())
     bolds = [_file(p) for s in subjects for p in _niftis(s, "bold")]
     bolds = [b for b in bolds if "func" in b.path.parts or b.path.parent == source]
-    wanted = [b for b in bolds if _in_space(b, config.space)]
+    wanted = [b for b in bolds if _fits(b, config)]
     if not wanted:
-        raise DataError(_nothing(source, bolds, config.space))
+        raise DataError(_nothing(source, bolds, config))
     roots = [source]
     if source.parent.name == "derivatives":  # fMRIPrep leaves the events in the raw folder
         roots.insert(0, source.parent.parent)
@@ -137,20 +210,30 @@ def _niftis(folder: Path, suffix: str) -> Iterator[Path]:
             yield path
 
 
-def _in_space(bold: _File, space: str) -> bool:
-    if bold.entities.get("desc", "preproc") != "preproc":
-        return False
-    return bold.entities.get("space", "native") == space
+def _fits(bold: _File, config: PrepareConfig) -> bool:
+    same = bold.entities.get("space", "native") == config.space
+    return same and bold.entities.get("desc", "preproc") == config.desc
 
 
-def _nothing(source: Path, bolds: list[_File], space: str) -> str:
+def _nothing(source: Path, bolds: list[_File], config: PrepareConfig) -> str:
     looked = f"{source}/sub-*/**/func/*_bold.nii[.gz]"
     if not bolds:
         return f"no BOLD run in {source}: looked for {looked}. Is it a BIDS folder, or a .tsv?"
     spaces = sorted({b.entities.get("space", "native") for b in bolds})
+    if config.space in spaces:
+        descs = {
+            b.entities.get("desc", "preproc")
+            for b in bolds
+            if b.entities.get("space", "native") == config.space
+        }
+        return (
+            f"{len(bolds)} BOLD runs in {source}, none in space {config.space!r} with desc "
+            f"{config.desc!r}: found {', '.join(sorted(descs))}. Set prepare.desc to one of these"
+        )
     return (
-        f"{len(bolds)} BOLD runs in {source}, none in space {space!r}: found {', '.join(spaces)} "
-        f"(native = no space entity, as in raw BIDS). Set prepare.space to one of these"
+        f"{len(bolds)} BOLD runs in {source}, none in space {config.space!r}: found "
+        f"{', '.join(spaces)} (native = no space entity, as in raw BIDS). Set prepare.space to one "
+        f"of these"
     )
 
 
@@ -281,4 +364,4 @@ def _from_row(source: Path, line: int, row: Mapping[str, str]) -> RunFile:
     key = _key({"sub": row["subject"].removeprefix("sub-"), **labels})
     if bad := [v for v in (key.subject, *labels.values()) if not re.fullmatch(r"[\w.+-]*", v)]:
         raise DataError(f"{source} line {line}: {bad[0]!r} is no label (letters, digits, -, +, .)")
-    return RunFile(key, path, existing("mask"), tr, existing("events"))
+    return RunFile(key, path, existing("mask"), tr, existing("events"), existing("confounds"))

@@ -20,17 +20,27 @@ from typing import Any
 from fmrizoo.config import PrepareConfig
 from fmrizoo.data.bids import RunFile, find_runs
 from fmrizoo.data.confounds import check_strategy
-from fmrizoo.data.hdf5 import SubjectWriter
-from fmrizoo.data.process import fingerprint, process, settings_of
-from fmrizoo.data.reader import RunReader
+from fmrizoo.data.interrupt import listening, shield
+from fmrizoo.data.process import settings_of
+from fmrizoo.data.qc import flags, measures_of
 from fmrizoo.data.sample import resolve_source
 from fmrizoo.data.store import INDEX, PARTICIPANTS, read_index, write_index
+from fmrizoo.data.subject import (
+    STAGING,
+    Entries,
+    Note,
+    Skipped,
+    SubjectResult,
+    SubjectTask,
+    prepare_subject,
+)
+from fmrizoo.data.workers import WORKERS_LOCK, prepare_side_by_side, wait_for_orphans
 from fmrizoo.errors import CorruptStoreError, DataError, FmrizooError
 from fmrizoo.files import PART, write_atomic
 
 log = logging.getLogger(__name__)
 
-STAGING = ".staging"
+LOCKS = ("lock", WORKERS_LOCK)
 
 
 @dataclass(frozen=True)
@@ -43,15 +53,6 @@ class ProgressEvent:
     state: str
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A run that could not be prepared, and why."""
-
-    run: str
-    file: str
-    reason: str
-
-
 @dataclass
 class PrepareReport:
     """What ``prepare`` did.
@@ -60,29 +61,16 @@ class PrepareReport:
         store: The folder.
         prepared, kept: Names of runs written now, and of runs that were already there.
         skipped: Runs left out (only with ``skip_bad``).
+        flagged: Runs of this call that are in the store but failed a quality check, with reasons.
+        unmeasured: Kept runs of an older version, which took no measures (``fmrizoo qc`` does).
     """
 
     store: Path
     prepared: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
-
-
-@dataclass
-class _Job:
-    """What the steps of one ``prepare`` share."""
-
-    out: Path
-    config: PrepareConfig
-    report: PrepareReport
-    total: int
-    on_progress: Callable[[ProgressEvent], None] | None
-
-    def note(self, run: str, state: str) -> None:
-        r = self.report
-        done = len(r.prepared) + len(r.kept) + len(r.skipped)
-        if self.on_progress is not None:
-            self.on_progress(ProgressEvent(done, self.total, run, state))
+    flagged: dict[str, list[str]] = field(default_factory=dict)
+    unmeasured: list[str] = field(default_factory=list)
 
 
 def prepare(
@@ -91,6 +79,8 @@ def prepare(
     config: PrepareConfig,
     *,
     skip_bad: bool = False,
+    jobs: int = 1,
+    layout: str = "auto",
     on_progress: Callable[[ProgressEvent], None] | None = None,
 ) -> PrepareReport:
     """Write the runs of ``source`` into the store ``out`` (added to, if it is one already).
@@ -101,6 +91,9 @@ def prepare(
         out: Folder of the store.
         config: Space, mask, TR, codec.
         skip_bad: Publish the good runs even if others cannot be used.
+        jobs: Subjects prepared at a time, each in a process of its own if more than one (a script
+            then needs ``if __name__ == "__main__":``). The values stored do not depend on it.
+        layout: ``bids``, ``hcp``, ``swift``, ``hdf5``; ``auto`` looks what is there.
         on_progress: Called after every run.
 
     Returns:
@@ -109,31 +102,86 @@ def prepare(
 
     Raises:
         DataError: nothing to prepare, runs that cannot be used (all are listed; nothing is
-            published), a store made with other settings, a full or read-only disk.
+            published), a store made with other settings, a full or read-only disk, a process that
+            died (its subject is named).
+        Interrupted: Ctrl-C or SIGTERM (a KeyboardInterrupt); the same call goes on from there.
     """
+    if jobs < 1:
+        raise DataError(f"--jobs must be ≥ 1, got {jobs}")
     if config.confounds is not None:
         check_strategy(config.confounds)
     folder = resolve_source(source)
-    runs = find_runs(folder, config)
-    job = _Job(out, config, PrepareReport(out), len(runs), on_progress)
-    with locked(out):
+    runs = find_runs(folder, config, layout)
+    report = PrepareReport(out)
+    counter = itertools.count(1)
+
+    def note(run: str, state: str) -> None:
+        if on_progress is not None:
+            on_progress(ProgressEvent(next(counter), len(runs), run, state))
+
+    with listening(), locked(out):
         old = _existing(out, runs, config)
-        subjects: dict[str, list[RunFile]] = {}
-        for run in runs:
-            subjects.setdefault(run.key.subject, []).append(run)
-        entries = [e for e in old.values() if e["key"]["subject"] not in subjects]
-        staged: list[str] = []
-        for subject, files in subjects.items():
-            done, moved = _subject(job, subject, files, old)
-            entries += done
-            staged += moved
-        _check_bad(job.report, skip_bad)
-        published = _publish(out, folder, entries, staged, old)
+        tasks = _tasks(out, config, runs, old)
+        results = _run(tasks, jobs, note)
+        for result in results:
+            report.prepared += result.prepared
+            report.kept += result.kept
+            report.skipped += result.skipped
+        _check_bad(report, skip_bad)
+        asked = {task.subject for task in tasks}
+        entries = [e for e in old.values() if e["key"]["subject"] not in asked]
+        entries += [e for result in results for e in result.entries]
+        with shield():
+            staged = [r.staged for r in results if r.staged]
+            published = _publish(out, folder, entries, staged, old)
+            _remove_replaced(out, published, old)
         left = {e["key"]["subject"] for e in published}
         for subject in sorted({e["key"]["subject"] for e in old.values()} - left):
             log.warning("%s: sub-%s has no usable run any more and is removed", out, subject)
-        _remove_replaced(out, published, old)
-    return job.report
+    _judge(report, published, config)
+    return report
+
+
+def _judge(report: PrepareReport, entries: list[dict[str, Any]], config: PrepareConfig) -> None:
+    """Compare the quality measures of this call's runs with their limits; say what is flagged."""
+    asked = {*report.prepared, *report.kept}
+    for entry in entries:
+        if entry["name"] not in asked:
+            continue
+        if not entry.get("qc"):
+            report.unmeasured.append(entry["name"])
+        elif reasons := flags(measures_of(entry), config.qc):
+            report.flagged[entry["name"]] = reasons
+    if report.flagged:
+        listing = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in report.flagged.items())
+        log.warning(
+            "%d of %d runs are flagged by the quality checks; they are in the store all the same "
+            "(`fmrizoo qc %s` shows them, prepare.qc sets the limits):\n%s",
+            len(report.flagged),
+            len(asked),
+            report.store,
+            listing,
+        )
+
+
+def _tasks(
+    out: Path, config: PrepareConfig, runs: list[RunFile], old: Entries
+) -> list[SubjectTask]:
+    """One task a subject, in the order of its first run."""
+    subjects: dict[str, list[RunFile]] = {}
+    for run in runs:
+        subjects.setdefault(run.key.subject, []).append(run)
+    tasks = []
+    for subject, files in subjects.items():
+        published = {n: e for n, e in old.items() if e["key"]["subject"] == subject}
+        tasks.append(SubjectTask(out, config, subject, files, published))
+    return tasks
+
+
+def _run(tasks: list[SubjectTask], jobs: int, note: Note) -> list[SubjectResult]:
+    if jobs == 1 or len(tasks) == 1:
+        return [prepare_subject(task, note) for task in tasks]
+    return prepare_side_by_side(tasks, jobs, note)
 
 
 def _check_bad(report: PrepareReport, skip_bad: bool) -> None:
@@ -152,113 +200,6 @@ def _check_bad(report: PrepareReport, skip_bad: bool) -> None:
     log.warning("%d runs skipped:\n%s", len(bad), listing)
 
 
-# --- one subject ----------------------------------------------------------------------------------
-
-
-def _subject(
-    job: _Job, subject: str, files: list[RunFile], old: dict[str, dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The index entries of one subject, and the file to move from staging (none if unchanged)."""
-    name = f"sub-{subject}.h5"
-    published = {n: e for n, e in old.items() if e["key"]["subject"] == subject}
-    home = job.out / next((e["file"] for e in published.values()), name)
-    staged_file = job.out / STAGING / name
-    sources = [(home, published), (staged_file, _staged(staged_file))]
-    wanted: list[tuple[RunFile, dict[str, Any]]] = []
-    reuse: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for run in files:
-        try:
-            prints = fingerprint(run, job.config)
-        except (DataError, OSError) as error:
-            _skip(job, run, error)
-            continue
-        wanted.append((run, prints))
-        for path, entries in sources:
-            entry = entries.get(str(run.key))
-            if entry and entry["fingerprint"] == prints and _intact(path, entry):
-                reuse[str(run.key)] = (path, entry)
-                break
-    others = {n: e for n, e in published.items() if n not in {str(r.key) for r in files}}
-    if all(reuse.get(str(r.key), (None,))[0] == home for r, _ in wanted) and wanted:
-        for run, _ in wanted:
-            job.report.kept.append(str(run.key))
-            job.note(str(run.key), "kept")
-        return [*others.values(), *(reuse[str(r.key)][1] for r, _ in wanted)], []
-    for n, e in others.items():
-        reuse[n] = (home, e)
-    return _write_subject(job, name, wanted, reuse)
-
-
-def _write_subject(
-    job: _Job,
-    name: str,
-    wanted: list[tuple[RunFile, dict[str, Any]]],
-    reuse: dict[str, tuple[Path, dict[str, Any]]],
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Write ``.staging/<name>`` from the runs of ``reuse`` (copied) and the rest of ``wanted``."""
-    path = job.out / STAGING / name
-    writer = SubjectWriter(path, name.removeprefix("sub-").removesuffix(".h5"))
-    wanted_names = {str(run.key) for run, _ in wanted}
-    with writer:
-        for run_name, (source, entry) in reuse.items():
-            writer.copy(source, entry)
-            if run_name in wanted_names:
-                job.report.kept.append(run_name)
-                job.note(run_name, "kept")
-        for run, prints in wanted:
-            if str(run.key) in reuse:
-                continue
-            try:
-                meta, encoded, mask = process(run, job.config)
-            except (DataError, OSError) as error:
-                _skip(job, run, error)
-                continue
-            _check_space(job.out, encoded.rows.nbytes)
-            writer.add({**meta, "fingerprint": prints}, encoded, mask)
-            job.report.prepared.append(str(run.key))
-            job.note(str(run.key), "prepared")
-    if not writer.entries:
-        path.unlink(missing_ok=True)
-        return [], []
-    return [{**e, "file": name} for e in writer.entries], [name]
-
-
-def _skip(job: _Job, run: RunFile, error: Exception) -> None:
-    reason = str(error) or type(error).__name__
-    job.report.skipped.append(Skipped(str(run.key), str(run.path), reason))
-    job.note(str(run.key), "skipped")
-
-
-def _staged(path: Path) -> dict[str, dict[str, Any]]:
-    """Entries of a subject that an interrupted ``prepare`` finished; none if unusable."""
-    import h5py
-
-    if not path.exists():
-        return {}
-    entries = {}
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            names = {n: int(file[n].attrs["meta_crc32"]) for n in file}
-        for name, checksum in names.items():
-            entries[name] = {**RunReader(path, name).meta, "meta_crc32": checksum}
-    except (OSError, KeyError, RuntimeError) as error:
-        log.warning("%s is left over from an interrupted prepare and unusable (%s)", path, error)
-        return {}
-    return entries
-
-
-def _intact(path: Path, entry: dict[str, Any]) -> bool:
-    """Whether every frame of an earlier run still passes its checksum."""
-    try:
-        reader = RunReader(path, entry["name"], entry["uuid"], entry["meta_crc32"])
-        for frame in range(reader.n_frames):
-            reader.read_compact(frame, 1)
-    except CorruptStoreError as error:
-        log.warning("%s; it is prepared again", error)
-        return False
-    return True
-
-
 # --- the store folder -----------------------------------------------------------------------------
 
 
@@ -271,6 +212,7 @@ def locked(out: Path) -> Iterator[None]:
     """
     lock = _lock(out)
     try:
+        wait_for_orphans(out)
         for leftover in [*out.glob(f".*{PART}"), *(out / STAGING).glob(f".*{PART}")]:
             log.warning("removing %s, left by an interrupted prepare", leftover)
             leftover.unlink()
@@ -278,7 +220,7 @@ def locked(out: Path) -> Iterator[None]:
             yield
         finally:
             # Before the lock is given up: the folder may be another writer's a moment later.
-            if not any(p.name != "lock" for p in (out / STAGING).iterdir()):
+            if not any(p.name not in LOCKS for p in (out / STAGING).iterdir()):
                 shutil.rmtree(out / STAGING)
                 with suppress(OSError):
                     out.rmdir()  # only if nothing else is in it
@@ -338,25 +280,17 @@ def _existing(out: Path, runs: list[RunFile], config: PrepareConfig) -> dict[str
         log.warning("%s; it is built anew", error)
         return {}
     asked = {str(run.key) for run in runs}
-    settings = settings_of(config)
+    settings = settings_of(config, runs[0].layout)
     for name, entry in entries.items():
         theirs = entry["fingerprint"]["settings"]
         if name not in asked and theirs != settings:
-            keys = sorted(k for k in settings if settings[k] != theirs.get(k))
+            both = {**theirs, **settings}
+            keys = sorted(k for k in both if settings.get(k) != theirs.get(k))
             raise DataError(
                 f"{out} holds {name}, prepared with other settings ({', '.join(keys)}), and this "
                 f"call does not renew it: give another folder for the store"
             )
     return entries
-
-
-def _check_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if free < needed + (1 << 20):
-        raise DataError(
-            f"{out} is full: the next run needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are "
-            f"free; free some space and run the same command again; finished subjects are kept"
-        )
 
 
 def _publish(

@@ -10,13 +10,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from fmrizoo.config import PrepareConfig
+from fmrizoo.data import qc
 from fmrizoo.data.bids import RunFile
 from fmrizoo.data.codec import Encoded, encode
 from fmrizoo.data.confounds import load_confounds, regress
+from fmrizoo.data.legacy import UNKNOWN, digest, load_legacy
 from fmrizoo.data.nifti import LoadedRun, load_run, read_events
 from fmrizoo.data.spatial import place, voxel_size
+from fmrizoo.data.temporal import SAME, resample_time
 from fmrizoo.errors import DataError
 from fmrizoo.files import sha256_of
 from fmrizoo.types import Contract
@@ -24,12 +28,17 @@ from fmrizoo.types import Contract
 log = logging.getLogger(__name__)
 
 _FORMAT = 1  # raise when the same settings would give other bytes: runs are then prepared again
+_NO_VALUES = ("select", "on_tr_conflict", "qc", "desc")  # settings that change no stored value
 _LOST = 0.01  # share of the brain outside the stored grid above which we say so
 
 
-def settings_of(config: PrepareConfig) -> dict[str, Any]:
+def settings_of(config: PrepareConfig, layout: str = "nifti") -> dict[str, Any]:
     """The settings that change a run's stored bytes (``select`` only chooses runs)."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("select", "on_tr_conflict")}
+    settings = {k: v for k, v in asdict(config).items() if k not in _NO_VALUES}
+    settings.pop("allow_shorter_tr")
+    if config.target_tr is None:  # stores of versions without it stay the same
+        for unused in ("target_tr", "time_interpolation"):
+            settings.pop(unused)
     if config.space == "native":
         for unused in ("grid", "voxel_size", "center"):
             settings.pop(unused)
@@ -38,6 +47,8 @@ def settings_of(config: PrepareConfig) -> dict[str, Any]:
     for key, value in settings.items():
         if isinstance(value, (list, tuple)):
             settings[key] = [float(v) for v in value]
+    if layout != "nifti":
+        settings["layout"] = layout
     return {**settings, "format": _FORMAT}
 
 
@@ -47,6 +58,9 @@ def fingerprint(run: RunFile, config: PrepareConfig) -> dict[str, Any]:
     Raises:
         DataError: a file is missing.
     """
+    if run.layout != "nifti":
+        settings = settings_of(config, run.layout)
+        return {"sha256": {"bold": digest(run)}, "tr": run.tr, "settings": settings}
     mask = {"auto": run.mask, "compute": None}.get(config.mask, Path(config.mask))
     confounds = run.confounds if config.confounds else None
     parts = {"bold": run.path, "mask": mask, "events": run.events, "confounds": confounds}
@@ -66,44 +80,84 @@ def process(
     Raises:
         DataError: the run cannot be used (one sentence, file named).
     """
-    from fmrizoo import __version__
-
-    loaded = load_run(run, config)
-    mask, affine = place(loaded.mask, loaded.affine, config, nearest=True)
+    known = run.layout == "nifti"
+    if known:
+        loaded = load_run(run, config)
+        mask, affine = place(loaded.mask, loaded.affine, config, nearest=True)
+    else:
+        loaded = load_legacy(run, config)
+        mask, affine = loaded.mask, loaded.affine
     if not mask.any():
         raise DataError(
             f"{run.path}: no brain voxel lies in the stored grid (prepare.grid, voxel_size, center)"
         )
-    _report_lost(run.path, loaded, mask, affine)
-    bold = _in_brain(loaded, mask, config)
+    inside = _share_inside(run.path, loaded, mask, affine)
+    bold = _in_brain(loaded, mask, config if known else None)
     if config.confounds:
         n_all = len(bold) + config.dummy_scans
         confounds, kept = load_confounds(run.path, config.confounds, n_all)
-        bold = regress(bold, confounds[config.dummy_scans :], kept[config.dummy_scans :])
+        with threadpool_limits(1):  # sums in one order, whatever else the machine does
+            bold = regress(bold, confounds[config.dummy_scans :], kept[config.dummy_scans :])
+    bold, tr = _in_time(bold, loaded.tr, run.path, config)
     if not np.isfinite(bold).all():
         raise DataError(f"{run.path}: placing it in the stored grid gave non-finite values")
-    contract = Contract(
-        space=config.space,
-        orientation=config.orientation,
-        grid=(mask.shape[0], mask.shape[1], mask.shape[2]),
-        voxel_size=voxel_size(affine),
-        tr=loaded.tr,
-        code_version=__version__,
-    )
+    contract = _contract(config if known else None, mask, affine, tr)
+    encoded = encode(bold, config.codec, config.max_error)
+    measures = {
+        **qc.signal_measures(bold),
+        **qc.motion_measures(run, config.dummy_scans, loaded.bold.shape[3]),
+        "inside": inside if known else None,
+        "cover": qc.template_cover(mask, config) if known else None,
+        "source_axes": qc.axis_codes(loaded.affine) if known else None,
+        "source_tr": loaded.tr,
+    }
     key = asdict(run.key)
     meta = {
         "name": str(run.key),
         "uuid": uuid.uuid4().hex,
         "key": {**key, "extra": [list(pair) for pair in run.key.extra]},
-        "tr": loaded.tr,
+        "tr": tr,
         "grid": list(mask.shape),
         "affine": affine.tolist(),
         "contract": {**contract.to_dict(), "grid": list(mask.shape)},
         "events": read_events(run.events, config.dummy_scans * loaded.tr),
         "statistics": statistics(bold),
         "source": run.path.name,
+        "qc": measures,
     }
-    return meta, encode(bold, config.codec, config.max_error), mask
+    return meta, encoded, mask
+
+
+def _contract(
+    config: PrepareConfig | None, mask: NDArray[np.bool_], affine: NDArray[np.float64], tr: float
+) -> Contract:
+    """``config`` is None where nothing is known about the space."""
+    from fmrizoo import __version__
+
+    return Contract(
+        space=config.space if config else UNKNOWN,
+        orientation=config.orientation if config else UNKNOWN,
+        grid=(mask.shape[0], mask.shape[1], mask.shape[2]),
+        voxel_size=voxel_size(affine) if config else (0.0, 0.0, 0.0),
+        tr=tr,
+        code_version=__version__,
+    )
+
+
+def _in_time(
+    bold: NDArray[np.float32], tr: float, path: Path, config: PrepareConfig
+) -> tuple[NDArray[np.float32], float]:
+    """The frames at ``prepare.target_tr``, and the TR they have then."""
+    target = config.target_tr
+    if target is None or abs(target - tr) <= SAME:
+        return bold, tr
+    if target < tr and not config.allow_shorter_tr:
+        raise DataError(
+            f"{path} has a TR of {tr:g} s, longer than prepare.target_tr={target:g} s: frames "
+            f"between those recorded would be made up. Take the longest TR of all runs, or set "
+            f"prepare.allow_shorter_tr=true"
+        )
+    return resample_time(bold, tr, target, config.time_interpolation, path), target
 
 
 def statistics(bold: NDArray[np.float32]) -> dict[str, float]:
@@ -120,23 +174,30 @@ def statistics(bold: NDArray[np.float32]) -> dict[str, float]:
 
 
 def _in_brain(
-    loaded: LoadedRun, mask: NDArray[np.bool_], config: PrepareConfig
+    loaded: LoadedRun, mask: NDArray[np.bool_], config: PrepareConfig | None
 ) -> NDArray[np.float32]:
-    """``(frames, n_vox)`` in the stored grid, a frame block at a time to bound the memory."""
+    """``(frames, n_vox)`` in the stored grid, a frame block at a time to bound the memory.
+
+    ``config`` is None where frames stay where they are.
+    """
     n_frames = loaded.bold.shape[3]
     out = np.empty((n_frames, int(mask.sum())), np.float32)
     for start in range(0, n_frames, 32):
-        part, _ = place(loaded.bold[..., start : start + 32], loaded.affine, config)
+        part = loaded.bold[..., start : start + 32]
+        if config is not None:
+            part, _ = place(part, loaded.affine, config)
         out[start : start + 32] = part[mask].T
     return out
 
 
-def _report_lost(
+def _share_inside(
     path: Path, loaded: LoadedRun, mask: NDArray[np.bool_], affine: NDArray[np.float64]
-) -> None:
+) -> float:
+    """Share of the run's brain volume that the stored grid holds."""
     volume = abs(np.linalg.det(loaded.affine[:3, :3])) * loaded.mask.sum()
     kept = abs(np.linalg.det(affine[:3, :3])) * mask.sum()
     if kept < (1 - _LOST) * volume:
         log.warning(
             "%s: %.1f %% of the brain lies outside the stored grid", path, 100 * (1 - kept / volume)
         )
+    return float(min(1.0, kept / volume))  # resampling a mask can add a voxel

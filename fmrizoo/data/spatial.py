@@ -70,6 +70,11 @@ def _nibabel() -> Any:
     return nibabel
 
 
+def nibabel_orientations() -> Any:
+    """Nibabel's functions on axis codes."""
+    return _nibabel().orientations
+
+
 def as_image(data: Array, affine: Affine) -> Any:
     """A NIfTI image in memory, in the dtype of ``data``."""
     return _nibabel().Nifti1Image(data, affine)
@@ -77,7 +82,7 @@ def as_image(data: Array, affine: Affine) -> Any:
 
 def reorient(data: Array, affine: Affine, orientation: str) -> tuple[Array, Affine]:
     """Permute and flip the spatial axes to ``orientation``; no value changes."""
-    nib = _nibabel().orientations
+    nib = nibabel_orientations()
     have = nib.io_orientation(affine)
     transform = nib.ornt_transform(have, nib.axcodes2ornt(tuple(orientation)))
     moved = nib.apply_orientation(data, transform)

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -76,6 +76,7 @@ class RunInfo:
         fingerprint: Checksums of the sources and settings that made the run.
         quantisation_error: Rms error / temporal s.d.
         meta_crc32: Checksum of the run's metadata in the file.
+        qc: Quality measures taken while preparing (:mod:`fmrizoo.data.qc`); empty in old stores.
     """
 
     key: RunKey
@@ -94,6 +95,7 @@ class RunInfo:
     fingerprint: dict[str, Any]
     quantisation_error: float
     meta_crc32: int
+    qc: dict[str, Any] = field(default_factory=dict)
 
     @property
     def subject(self) -> str:
@@ -103,7 +105,7 @@ class RunInfo:
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> RunInfo:
         """From one entry of the index (or a run's ``meta`` plus file and checksum)."""
-        values = {f.name: entry[f.name] for f in fields(cls)}
+        values = {f.name: entry[f.name] for f in fields(cls) if f.name != "qc"}
         key = dict(entry["key"])
         key["extra"] = tuple((k, v) for k, v in key.get("extra", ()))
         x, y, z = entry["grid"]
@@ -113,6 +115,7 @@ class RunInfo:
             "contract": Contract.from_dict(entry["contract"]),
             "affine": tuple(tuple(row) for row in entry["affine"]),
             "events": tuple(entry["events"]),
+            "qc": dict(entry.get("qc", {})),
         }
         return cls(**values)
 
