@@ -12,11 +12,12 @@ from typing import Any
 from fmrizoo.config import PrepareConfig
 from fmrizoo.data.bids import RunFile, find_runs
 from fmrizoo.data.hdf5 import SubjectWriter, write_error
-from fmrizoo.data.prepare import STAGING, free_name, leftovers, locked, participants_of
+from fmrizoo.data.prepare import free_name, leftovers, locked, participants_of
 from fmrizoo.data.process import fingerprint, process, settings_of
 from fmrizoo.data.reader import RunReader
 from fmrizoo.data.sample import resolve_source
 from fmrizoo.data.store import INDEX, PARTICIPANTS, described, read_index_body, write_index
+from fmrizoo.data.subject import STAGING
 from fmrizoo.data.verify import Finding, Verification, run_names, verify
 from fmrizoo.errors import CorruptStoreError, DataError, RecipeError
 from fmrizoo.files import PART, sha256_of, write_atomic
