@@ -41,6 +41,7 @@ from fmrizoo.files import PART, write_atomic
 log = logging.getLogger(__name__)
 
 LOCKS = ("lock", WORKERS_LOCK)
+LISTED = 3  # flagged runs that a warning names; the report has them all
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,9 @@ def _judge(report: PrepareReport, entries: list[dict[str, Any]], config: Prepare
         elif reasons := flags(measures_of(entry), config.qc):
             report.flagged[entry["name"]] = reasons
     if report.flagged:
-        listing = "\n".join(f"  {name}: {'; '.join(why)}" for name, why in report.flagged.items())
+        lines = [f"  {name}: {'; '.join(why)}" for name, why in report.flagged.items()]
+        more = [f"  … and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+        listing = "\n".join([*lines[:LISTED], *more])
         log.warning(
             "%d of %d runs are flagged by the quality checks; they are in the store all the same "
             "(`fmrizoo qc %s` shows them, prepare.qc sets the limits):\n%s",
