@@ -44,8 +44,15 @@ _MOVED = re.compile(r"data\.stores\.[^.]+\.path")  # as data.store
 # But not once the validations decide which weights are exported, or how many steps are taken.
 _JUDGING_KEYS = ("train.patience", "train.keep_best")
 _JUDGED_KEYS = frozenset({"train.validate_every"})
+# Sections that decide no training: which others are trained, which stored runs are flagged.
+_ELSEWHERE = ("sweep.", "prepare.qc.")
 # Absent means the same in folders from before there were such settings.
 _LATER = {
+    "split.train_units": 0,
+    "parametrization.query_zero_init": False,
+    "prepare.desc": "preproc",
+    "prepare.time_interpolation": "cubic",
+    "prepare.allow_shorter_tr": False,
     "data.windows": "fixed",
     "data.balance": "none",
     "data.clips_per_visit": 1,
@@ -82,6 +89,7 @@ def deciding_keys(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
             for k, v in keys.items()
             if k not in safe
             and not _MOVED.fullmatch(k)
+            and not k.startswith(_ELSEWHERE)
             and v not in (None, {})
             and not (k in _LATER and _LATER[k] == v)
         }

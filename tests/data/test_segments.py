@@ -254,3 +254,15 @@ def test_folders_from_before_these_settings_still_resume() -> None:
         assert deciding_keys(changed)[0] != after
     noisy = {**now, "data": {**data, "augment": {**data["augment"], "noise": 0.1}}}
     assert deciding_keys(noisy)[0] != after
+
+
+def test_a_sweep_and_quality_limits_decide_no_training() -> None:
+    now = to_dict(load_recipe("pretrain/haxby_slice"))
+    after = deciding_keys(now)[0]
+    limits = {**now["prepare"], "qc": {**now["prepare"]["qc"], "max_fd": 9.0}}
+    for same in ({"sweep": {**now["sweep"], "seeds": 5}}, {"prepare": limits}):
+        assert deciding_keys({**now, **same})[0] == after
+    split = dict(now["split"])
+    assert deciding_keys({**now, "split": {**split, "train_units": 2}})[0] != after
+    del split["train_units"]
+    assert deciding_keys({**now, "split": split})[0] == after
