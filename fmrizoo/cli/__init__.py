@@ -4,6 +4,7 @@
 from fmrizoo.cli import data, store, training, models, zoo  # isort: skip
 from fmrizoo.cli import mup, mup_check, mup_transfer  # isort: skip
 from fmrizoo.cli import scaling, scaling_sweep  # isort: skip
+from fmrizoo.cli import plan  # isort: skip
 from fmrizoo.cli.shell import app, main
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "mup",
     "mup_check",
     "mup_transfer",
+    "plan",
     "scaling",
     "scaling_sweep",
     "store",

@@ -1,0 +1,98 @@
+"""``fmrizoo plan``: what a job will need, before it is started."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fmrizoo.cli.shell import app, out
+
+plan = typer.Typer(help="What a job will need on a cluster.", no_args_is_help=True)
+app.add_typer(plan, name="plan")
+
+
+@plan.callback()
+def _plan() -> None:
+    """What a job will need on a cluster."""
+
+
+@plan.command()
+def data(
+    subjects: Annotated[int, typer.Option(help="How many.")] = 50_000,
+    frames: Annotated[int, typer.Option(help="Of one subject.")] = 490,
+    grid: Annotated[str, typer.Option(help="Voxels x,y,z.")] = "96,96,96",
+    brain: Annotated[float, typer.Option(help="Share of the voxels that are brain.")] = 0.287,
+    clip_frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 20,
+    clips_per_visit: Annotated[int, typer.Option(help="data.clips_per_visit.")] = 4,
+    rate: Annotated[float, typer.Option(help="Clips a second that a node trains on.")] = 27.44,
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes.")] = "1,128,1024",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Bytes, files, bandwidth, opens and staging memory of a data set in each layout.
+
+    By arithmetic; the model and what was measured for it: fmrizoo/cluster/storage.py.
+    """
+    from fmrizoo.cluster.storage import DataSet, table
+    from fmrizoo.errors import RecipeError
+
+    sides = _numbers(grid, "--grid")
+    if len(sides) != 3:
+        raise RecipeError(f"--grid takes three whole numbers x,y,z, got {grid!r}")
+    wanted = DataSet(
+        subjects, frames, (sides[0], sides[1], sides[2]), brain, clip_frames, clips_per_visit, rate
+    )
+    found = table(wanted, _numbers(nodes, "--nodes"))
+    if as_json:
+        rows = [{**asdict(cost), "nodes": [asdict(d) for d in demands]} for cost, demands in found]
+        out.print_json(json.dumps({"data": asdict(wanted), "layouts": rows}))
+        return
+    stored = Table("layout", box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    for name in ("TB", "files", "MB a subject", "MB a clip", "reads", "opens"):
+        stored.add_column(name, justify="right", no_wrap=True)
+    asked = Table("nodes", box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    for name in ("layout", "GB/s", "opens/s", "GB a node, all", "divided"):
+        asked.add_column(name, justify="left" if name == "layout" else "right", no_wrap=True)
+    for cost, _ in found:
+        stored.add_row(
+            cost.layout,
+            f"{subjects * cost.subject_bytes / 1e12:.1f}",
+            f"{cost.files:,}",
+            f"{cost.subject_bytes / 1e6:.0f}",
+            f"{cost.clip_bytes / 1e6:.2f}",
+            f"{cost.clip_calls:g}",
+            f"{cost.clip_opens:g}",
+        )
+    for number in range(len(found[0][1])):
+        for cost, demands in found:
+            one = demands[number]
+            asked.add_row(
+                str(one.nodes) if cost is found[0][0] else "",
+                cost.layout,
+                f"{one.bandwidth / 1e9:,.{0 if one.bandwidth > 1e11 else 2}f}",
+                f"{one.opens:,.0f}",
+                f"{one.staged / 1e9:,.0f}",
+                f"{one.divided / 1e9:,.1f}",
+            )
+    out.print(stored)
+    out.print()
+    out.print(asked)
+    out.print(
+        f"{rate:g} clips a second and node, of {clip_frames} frames at random starts, nothing "
+        f"cached; fmrizoo reads {clips_per_visit} clips a visit. data.stage copies everything to "
+        "each node; dividing subjects between nodes is not built.",
+        soft_wrap=True,
+        style="dim",
+    )
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    from fmrizoo.errors import RecipeError
+
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"{option} takes whole numbers with commas, got {text!r}") from None
