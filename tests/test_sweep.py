@@ -170,6 +170,7 @@ def test_two_jobs_of_one_name_are_refused(sample_store: Path, tmp_path: Path) ->
         run_jobs([job(sample_store), job(sample_store)], tmp_path)
 
 
+@pytest.mark.slow
 def test_processes_side_by_side_find_what_one_finds(sample_store: Path, tmp_path: Path) -> None:
     jobs = [job(sample_store, name, f"train.seed={k}") for k, name in enumerate("ab")]
     alone, both = (run_jobs(jobs, tmp_path / str(n), workers=n) for n in (1, 2))

@@ -61,6 +61,7 @@ def test_several_processes_write_the_same_values(
     assert len(again.kept) == 6 and not again.prepared
 
 
+@pytest.mark.slow
 def test_bad_runs_are_listed_whoever_met_them(tree: Any, tmp_path: Path) -> None:
     for subject in ("01", "02", "03"):
         tree.add(subject)

@@ -530,7 +530,7 @@ except DataError as error:
 """
 
 
-@pytest.mark.parametrize("limit", [20_000, 200_000])
+@pytest.mark.parametrize("limit", [pytest.param(20_000, marks=pytest.mark.slow), 200_000])
 def test_a_full_disk(limit: int, tmp_path: Path) -> None:
     out = tmp_path / "s"
     process = in_subprocess(PREPARE, "sample:haxby2001", out, limit)
