@@ -18,7 +18,7 @@ from fmrizoo.data.reader import RunReader
 from fmrizoo.data.sample import resolve_source
 from fmrizoo.data.store import INDEX, PARTICIPANTS, described, read_index_body, write_index
 from fmrizoo.data.subject import STAGING
-from fmrizoo.data.verify import Finding, Verification, run_names, verify
+from fmrizoo.data.verify import Finding, Verification, confirmed, run_names, verify
 from fmrizoo.errors import CorruptStoreError, DataError, RecipeError
 from fmrizoo.files import PART, sha256_of, write_atomic
 
@@ -103,6 +103,8 @@ def repair(
     with locked(path):
         if _index_bytes(path) != index:
             raise DataError(f"{path} was written to meanwhile: run repair again")
+        # A good file must not be written anew because the disk failed to open it once.
+        report.findings = confirmed(path, before.findings)
         _repair(report, folder, mask, on_progress)
     report.after = verify(path, jobs)
     if report.after.findings:

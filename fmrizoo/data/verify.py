@@ -130,6 +130,23 @@ def verify(
     return result
 
 
+def confirmed(path: str | Path, findings: Sequence[Finding]) -> list[Finding]:
+    """Those of ``findings`` that are still there when their subjects' files are read once more.
+
+    A disk that failed for a moment leaves a finding like damage does. Findings about the index,
+    ``participants.tsv`` and files that the index does not know are kept as they are.
+    """
+    folder = Path(path)
+    if any(f.file == INDEX for f in findings):
+        return list(findings)  # nothing says what the files should hold
+    expected = _by_file(folder, read_index_body(folder))
+    doubtful = sorted({f.file for f in findings} & expected.keys())
+    kept = [f for f in findings if f.file not in doubtful]
+    return kept + [
+        f for name in doubtful for f in _check_file(folder / name, expected[name]).findings
+    ]
+
+
 def _by_file(
     folder: Path, body: Mapping[str, Any] | None
 ) -> dict[str, list[dict[str, Any]] | None]:

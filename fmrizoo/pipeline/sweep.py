@@ -236,8 +236,18 @@ def run_job(job: Job, out: Path, keep_models: bool = False) -> Outcome | None:
     if discover().main:
         write_json(folder / FILE, {"schema": SCHEMA, **_plain(outcome)})
         for name in () if keep_models else _LARGE:
-            shutil.rmtree(folder / name, ignore_errors=True)
+            _remove(folder / name)
     return outcome
+
+
+def _remove(folder: Path) -> None:
+    """The outcome is written by now: what cannot be removed costs room, and is said."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        log.warning("%s could not be removed (%s): delete it by hand", folder, error.strerror)
 
 
 def _last_mean(losses: Sequence[float]) -> float:
