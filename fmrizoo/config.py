@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fmrizoo.axes import AblateConfig as AblateConfig
 from fmrizoo.errors import RecipeError
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, Registry, suggest
 from fmrizoo.sections import CHECKPOINTING as CHECKPOINTING
@@ -141,6 +142,7 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
     parametrization: ParametrizationConfig = field(default_factory=ParametrizationConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    ablate: AblateConfig = field(default_factory=AblateConfig)
     init_from: str | None = (
         None  # model folder whose encoder weights start the run; {fold} is filled in
     )

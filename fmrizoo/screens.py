@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fmrizoo.evaluate.summary import Row
     from fmrizoo.mup import Parametrization
     from fmrizoo.mup.explain import Row as RuleRow
+    from fmrizoo.pipeline.ablation.cells import Cell
+    from fmrizoo.pipeline.ablation.results import Ablation, Line
 
 
 def backbones(rows: Sequence[dict[str, Any]]) -> Group:
@@ -247,3 +249,62 @@ def transfer_table(found: Transfer) -> Table:
             f"{row.regret:.1%}",
         )
     return table
+
+
+def cells(found: Sequence[Cell]) -> Table:
+    """What an ablation will compare, and what its encoders cost."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("cell")
+    for name in ("encoder", "GFLOP/clip", "tokens/clip", "clips seen"):
+        table.add_column(name, justify="right")
+    for cell in found:
+        clips = f"{cell.size.clips:,}" if cell.pretraining else "–"
+        gflop = f"{cell.size.flops / 1e9:,.3g}"
+        table.add_row(cell.name, count(cell.size.parameters), gflop, f"{cell.size.tokens:,}", clips)
+    return table
+
+
+def ablation(found: Ablation) -> Group:
+    """Mean ± s.d. per task, sums of z-scores and ranks, and cost; then what was trained beside."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("")
+    for column in found.columns:
+        table.add_column(f"{column.name}\n{column.metric}", justify="right")
+    for subset in found.subsets:
+        table.add_column(f"z-sum\n{subset}", justify="right")
+        table.add_column("rank", justify="right")
+    table.add_column("encoder", justify="right")
+    table.add_column("pretrain s", justify="right")
+    ranked = sorted(
+        found.of("cell"), key=lambda line: line.standing["all"].rank or len(found.lines)
+    )
+    groups = (ranked, found.of("control"), found.of("baseline"))
+    for lines in groups:
+        for line in lines:
+            table.add_row(*_ablated(found, line), end_section=line is lines[-1])
+    notes = [
+        Text(f"{line.name}, {column}: {gap}", style="yellow")
+        for line in found.lines
+        for column, gap in line.gaps.items()
+    ]
+    return Group(table, *notes)
+
+
+def _ablated(found: Ablation, line: Line) -> list[str]:
+    cells = [line.name]
+    for column in found.columns:
+        row = line.rows.get(column.name)
+        spread = row.spreads[column.metric] if row else None
+        shown = "–"
+        if spread is not None:
+            shown = f"{spread.mean:.3f}"
+            shown += "" if spread.std is None else f" ± {spread.std:.3f}"
+        cells.append(shown + ("*" if column.name in line.gaps else ""))
+    for subset in found.subsets:
+        place = line.standing.get(subset)
+        known = place is not None and place.total is not None
+        cells += [f"{place.total:+.2f}", str(place.rank)] if place and known else ["", ""]
+    cost = line.cost
+    cells.append(count(cost.parameters) if cost else "")
+    cells.append(f"{cost.pretraining:.0f}" if cost and cost.pretraining is not None else "")
+    return cells

@@ -4,10 +4,12 @@
 from fmrizoo.cli import data, store, training, models, zoo  # isort: skip
 from fmrizoo.cli import mup, mup_check, mup_transfer  # isort: skip
 from fmrizoo.cli import scaling, scaling_sweep  # isort: skip
+from fmrizoo.cli import ablate  # isort: skip
 from fmrizoo.cli import plan  # isort: skip
 from fmrizoo.cli.shell import app, main
 
 __all__ = [
+    "ablate",
     "app",
     "data",
     "main",

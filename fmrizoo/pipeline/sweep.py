@@ -8,25 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from fmrizoo.config import Recipe
-from fmrizoo.errors import DivergedError, RecipeError, TrainingError
+from fmrizoo.errors import DivergedError, RecipeError
 from fmrizoo.files import write_json
+from fmrizoo.pipeline.pool import part_of as part_of
+from fmrizoo.pipeline.pool import work_through
 from fmrizoo.pipeline.pretraining import pretrain
 from fmrizoo.sections import SweepConfig
 
@@ -35,7 +30,6 @@ log = logging.getLogger(__name__)
 FILE = "outcome.json"
 SCHEMA = "fmrizoo.outcome/1"
 LAST = 10  # the mean training loss is over the last 1/LAST of the steps
-GRACE = 60  # seconds for the last checkpoint of a worker whose parent is gone
 # What is removed when a job is over, unless models are kept.
 _LARGE = ("checkpoints", "best", "model", "features")
 
@@ -115,18 +109,6 @@ def prepared(recipe: Recipe) -> Recipe:
     return replace(recipe, train=replace(train, log_every=1, validate_every=0), sweep=SweepConfig())
 
 
-def part_of(jobs: Sequence[Job], part: tuple[int, int]) -> list[Job]:
-    """Every n-th job from the k-th on, for ``part`` = (k, n) with 1 ≤ k ≤ n.
-
-    Raises:
-        RecipeError: no such part.
-    """
-    number, parts = part
-    if not 1 <= number <= parts:
-        raise RecipeError(f"part {number}/{parts} is none of 1/{parts} to {parts}/{parts}")
-    return list(jobs[number - 1 :: parts])
-
-
 def run_jobs(
     jobs: Sequence[Job],
     out: Path,
@@ -161,10 +143,9 @@ def run_jobs(
     left = [job for job in jobs if job.name not in done]
     if on_done and done:
         on_done(len(done), len(jobs), "done before")
-    # One process here costs no start, and is what a launcher's ranks need.
-    run = _one_by_one if workers == 1 or len(left) <= 1 else _side_by_side
+    work = partial(run_job, out=out, keep_models=keep_models)
     interrupted = False
-    for name, outcome in run(left, out, workers, keep_models):
+    for name, outcome in work_through(left, work, workers):
         if outcome is None:
             interrupted = True
             continue
@@ -259,135 +240,3 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
     """JSON knows no infinity."""
     values = asdict(outcome)
     return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in values.items()}
-
-
-# --- many jobs ------------------------------------------------------------------------------------
-
-Results = Iterator[tuple[str, Outcome | None]]
-
-
-def _one_by_one(jobs: Sequence[Job], out: Path, workers: int, keep: bool) -> Results:
-    for job in jobs:
-        outcome = run_job(job, out, keep)
-        yield job.name, outcome
-        if outcome is None:
-            return
-
-
-def _side_by_side(jobs: Sequence[Job], out: Path, workers: int, keep: bool) -> Results:
-    from fmrizoo.trainer.device import discover
-
-    if discover().size > 1:
-        raise RecipeError(
-            f"--jobs {workers} cannot be combined with a launcher's {discover().size} ranks: train "
-            "one job at a time on all of them, or start without the launcher"
-        )
-    # Spawned, not forked: threads of PyTorch and HDF5 do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with (
-        _threads_for(workers),
-        ProcessPoolExecutor(
-            min(workers, len(jobs)),
-            mp_context=context,
-            initializer=_stop_without,
-            initargs=(os.getpid(),),
-        ) as pool,
-        _forwarding() as stopped,
-    ):
-        futures: dict[Future[Outcome | None], str] = {}
-        for job in jobs:
-            futures[pool.submit(_in_worker, job, out, keep)] = job.name
-        try:
-            for future in as_completed(futures):
-                if stopped():
-                    pool.shutdown(wait=False, cancel_futures=True)
-                if future.cancelled():
-                    continue
-                yield futures[future], future.result()
-        except BrokenProcessPool:
-            if not stopped():
-                raise TrainingError(
-                    f"a process of the sweep died (out of memory?): run the same command again to "
-                    f"go on, with fewer than --jobs {workers} if it happens again"
-                ) from None
-            yield "", None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            _tell_workers()
-            raise
-        if stopped():
-            yield "", None
-
-
-@dataclass
-class _Worker:
-    """State of a worker process."""
-
-    parent: int = 0
-    stopped: bool = False
-
-
-_worker = _Worker()
-
-
-def _stop_without(parent: int) -> None:
-    """In a worker: stop as if told to when the process that started it is gone.
-
-    A worker that goes on alone would train into folders that the next call trains into as well.
-    """
-    _worker.parent = parent
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)  # saves a checkpoint
-        time.sleep(GRACE)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _in_worker(job: Job, out: Path, keep: bool) -> Outcome | None:
-    # A stopped worker has jobs in its queue that nobody can take back.
-    if _worker.stopped:
-        return None
-    outcome = run_job(job, out, keep)
-    _worker.stopped = outcome is None
-    if os.getppid() != _worker.parent:
-        os._exit(1)
-    return outcome
-
-
-@contextmanager
-def _threads_for(workers: int) -> Iterator[None]:
-    """Share the cores out: read by a child's PyTorch when it is imported."""
-    key, before = "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS")
-    if before is None:
-        os.environ[key] = str(max(1, len(os.sched_getaffinity(0)) // workers))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[key]
-
-
-@contextmanager
-def _forwarding() -> Iterator[Callable[[], bool]]:
-    """SIGTERM and SIGINT reach the workers, which save their checkpoints; was there one?"""
-    seen: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        _tell_workers()
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
-
-
-def _tell_workers() -> None:
-    for child in multiprocessing.active_children():
-        child.terminate()

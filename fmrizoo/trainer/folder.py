@@ -45,7 +45,7 @@ _MOVED = re.compile(r"data\.stores\.[^.]+\.path")  # as data.store
 _JUDGING_KEYS = ("train.patience", "train.keep_best")
 _JUDGED_KEYS = frozenset({"train.validate_every"})
 # Sections that decide no training: which others are trained, which stored runs are flagged.
-_ELSEWHERE = ("sweep.", "prepare.qc.")
+_ELSEWHERE = ("sweep.", "ablate.", "prepare.qc.")
 # Absent means the same in folders from before there were such settings.
 _LATER = {
     "split.train_units": 0,
