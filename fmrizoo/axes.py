@@ -148,7 +148,7 @@ def _key(name: str) -> str:
     if name.split(".")[0] in SECTIONS and "." in name:
         return name
     codes = ", ".join(f"{code} ({meaning})" for code, meaning in MEANINGS.items())
-    near = suggest(name, list(CODES), "")
+    near = suggest(name, list(CODES), "").rstrip()
     raise RecipeError(
         f"ablate.axes.{name} is no axis.{near} Codes: {codes}; or a dotted key such as "
         "backbone.embed_dim, or a word of your own with {name: [key=value, …]} for each value"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from math import gcd
 
 import torch
 
-from fmrizoo.config import Recipe
+from fmrizoo.config import Recipe, to_dict
 from fmrizoo.errors import RecipeError
 from fmrizoo.mup.widths import base_keys
 from fmrizoo.types import Grid
-from fmrizoo.zoo import build_encoder, load_recipe
+from fmrizoo.zoo import create_backbone, load_recipe
 
 TOLERANCE = 0.15  # a cell farther off than this share is refused
 _WIDEST = 8  # times the recipe's own width
@@ -43,17 +44,20 @@ class Size:
 
 def measure(recipe: Recipe) -> Size:
     """Sizes of the recipe's encoder, which is not allocated."""
+    backbone = json.dumps(to_dict(recipe)["backbone"])
+    clips = recipe.train.steps * recipe.train.batch_size
+    return Size(*_encoder(backbone, recipe.data.clip_frames), clips)
+
+
+@lru_cache(1024)
+def _encoder(config: str, frames: int) -> tuple[int, int, int]:
+    """Parameters, operations and tokens; most cells have one of a few encoders."""
     with torch.device("meta"):
-        backbone = build_encoder(recipe)
-    frames = recipe.data.clip_frames
+        backbone = create_backbone(**json.loads(config))
     grid = Grid(*backbone.clip_grid[:3], frames)
     patches = grid.padded(backbone.patch_size).divided(backbone.patch_size)
-    return Size(
-        parameters=sum(p.numel() for p in backbone.parameters()),
-        flops=sum(backbone.flops(grid).values()),
-        tokens=patches.size,
-        clips=recipe.train.steps * recipe.train.batch_size,
-    )
+    parameters = sum(p.numel() for p in backbone.parameters())
+    return parameters, sum(backbone.flops(grid).values()), patches.size
 
 
 def matched(recipe: Recipe, what: str, wanted: Size) -> Recipe:
