@@ -109,8 +109,8 @@ def find_runs(source: Path, config: PrepareConfig, layout: str = "auto") -> list
     Args:
         source: A BIDS raw folder, an fMRIPrep derivatives folder, subjects as the HCP lays them out
             (:mod:`fmrizoo.data.hcp`), the synth.json of a synthetic cohort, or a ``.tsv`` with the
-            columns ``path`` and ``subject`` and any of session, task, acquisition, run, tr, mask, events,
-            confounds (paths relative to the TSV).
+            columns ``path`` and ``subject`` and any of session, task, acquisition, run, tr, mask,
+            events, confounds (paths relative to the TSV).
 
         layout: One of ``LAYOUTS``; ``auto`` looks what is there.
 

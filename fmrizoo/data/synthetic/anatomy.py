@@ -160,7 +160,7 @@ def _on_grid(
 def _networks(
     points: NDArray[np.float64], count: int, size: float, seed: int
 ) -> NDArray[np.float32]:
-    """Gaussian blobs around mirrored centres; each voxel belongs to the nearest centre's network."""
+    """Gaussian blobs around mirrored centres; a voxel is of the nearest one's network."""
     centers = _centers(count, seed)
     sigma = size / FWHM
     apart = np.full((count, len(points)), np.inf)

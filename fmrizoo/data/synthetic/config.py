@@ -104,7 +104,8 @@ class SynthConfig:
         )
         require(
             not self.site_trait or self.site_trait in self.traits,
-            f"site_trait={self.site_trait!r} is no trait.{suggest(self.site_trait, [*self.traits])}",
+            f"site_trait={self.site_trait!r} is no trait."
+            f"{suggest(self.site_trait, [*self.traits])}",
         )
         require(
             len(self.conditions) <= self.networks,

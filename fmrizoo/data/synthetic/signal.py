@@ -75,10 +75,18 @@ def field_noise(
 
 
 def _kernel(fwhm: float) -> NDArray[np.float32]:
-    """Taps of a Gaussian of ``fwhm`` voxels whose squares add up to 1: variance stays."""
-    sigma = fwhm / math.sqrt(8 * math.log(2))
-    reach = math.ceil(3.5 * sigma) if sigma > 0.2 else 0  # below that the neighbours get nothing
-    taps = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * max(sigma, 1e-3) ** 2))
+    """Taps that give white noise the correlations exp(−d² / 4σ²) of a Gaussian of ``fwhm`` voxels.
+
+    Sampling the Gaussian itself would give too little at d = 1 where it is as narrow as a voxel.
+    The squares of the taps add up to 1, so that the variance stays 1.
+    """
+    sigma = max(fwhm / math.sqrt(8 * math.log(2)), 1e-3)
+    half = math.ceil(8 * sigma) + 8
+    apart = np.minimum(np.arange(2 * half), 2 * half - np.arange(2 * half))
+    spectrum = np.fft.fft(np.exp(-(apart**2) / (4 * sigma**2))).real
+    taps = np.fft.ifft(np.sqrt(np.maximum(spectrum, 0))).real
+    reach = int(np.flatnonzero(np.abs(taps[:half]) > 2e-3 * taps[0])[-1])
+    taps = np.roll(taps, reach)[: 2 * reach + 1]
     return (taps / math.sqrt(float((taps**2).sum()))).astype(np.float32)
 
 
@@ -175,7 +183,8 @@ def head_motion(rng: np.random.Generator, frames: int, mean_displacement: float)
         walk[t] = 0.97 * walk[t - 1] + steps[t]
     walk = walk[_BURN:] - walk[_BURN]
     size = float(displacement(walk)[1:].mean())
-    return walk * (mean_displacement / size)
+    walk *= mean_displacement / size
+    return walk
 
 
 def displacement(motion: Series) -> Series:
