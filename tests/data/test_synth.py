@@ -405,6 +405,8 @@ def test_processes_change_no_value(tmp_path: Path) -> None:
         (["prepare.dummy_scans=2"], r"prepare\.dummy_scans=2: synthetic runs are written"),
         (["coupling=-0.9"], r"coupling=-0\.9 must lie between"),
         (["subject=3"], r"unknown key 'subject'\. Did you mean 'subjects'"),
+        (["traits.sex.levels=[a b, c]"], r"levels needs two names of letters"),
+        (["conditions={a: .nan}"], r"conditions: 'a': nan: give a name"),
         (["conditions={a: 1, b: 1}", "networks=1", "traits={}"], r"2 conditions need a network"),
     ],
 )  # fmt: skip

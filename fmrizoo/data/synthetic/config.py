@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ KINDS = ("classification", "regression")
 PLACES = ("coupling", "amplitude")
 OWN_COLUMNS = ("participant_id", "site", "family")  # of participants.tsv, beside the traits
 _MOST_NETWORKS = 24
+_LEVEL = re.compile(r"[\w.+-]+")  # what a table and a file name can hold
 
 
 @dataclass
@@ -113,8 +115,9 @@ class SynthConfig:
         )
         for name, change in self.conditions.items():
             require(
-                bool(name.strip()) and "\t" not in name and math.isfinite(change),
-                f"conditions.{name!r}={change}: give a name and a number of % signal change",
+                bool(_LEVEL.fullmatch(name)) and abs(change) <= 50,
+                f"conditions: {name!r}: {change}: give a name of letters, digits, . and -, and a "
+                f"number of % signal change up to 50",
             )
         self.places()
 
@@ -236,8 +239,8 @@ def _check_trait(name: str, trait: TraitConfig, networks: int) -> None:
             f"for the other direction)",
         )
         require(
-            len(set(trait.levels)) == 2 and all(level.strip() for level in trait.levels),
-            f"{key}.levels needs two names, got {list(trait.levels)}",
+            len(set(trait.levels)) == 2 and all(_LEVEL.fullmatch(level) for level in trait.levels),
+            f"{key}.levels needs two names of letters, digits, . and -, got {list(trait.levels)}",
         )
     else:
         require(

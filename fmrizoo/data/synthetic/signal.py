@@ -183,8 +183,8 @@ def head_motion(rng: np.random.Generator, frames: int, mean_displacement: float)
         walk[t] = 0.97 * walk[t - 1] + steps[t]
     walk = walk[_BURN:] - walk[_BURN]
     size = float(displacement(walk)[1:].mean())
-    walk *= mean_displacement / size
-    return walk
+    scaled: Series = walk * (mean_displacement / size)
+    return scaled
 
 
 def displacement(motion: Series) -> Series:

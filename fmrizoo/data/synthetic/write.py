@@ -16,7 +16,7 @@ import numpy as np
 
 from fmrizoo.data.codec import Array
 from fmrizoo.data.interrupt import listening
-from fmrizoo.data.prepare import prepare
+from fmrizoo.data.prepare import locked, prepare
 from fmrizoo.data.spatial import Affine, as_image
 from fmrizoo.data.store import PARTICIPANTS
 from fmrizoo.data.synthetic.anatomy import anatomy
@@ -76,7 +76,8 @@ def synthesise(
         jobs: Subjects at a time, each in a process of its own; stores only.
 
     Raises:
-        DataError: a folder with something else in it, no brain on the grid, a full disk.
+        DataError: a folder with something else in it, no brain on the grid, a full disk,
+            another writer.
         Interrupted: Ctrl-C or SIGTERM; the same call goes on.
     """
     if jobs < 1 or (jobs > 1 and not store):
@@ -89,7 +90,8 @@ def synthesise(
         with listening():
             if store:
                 return _into_store(folder, config, jobs, on_progress)
-            return _into_files(folder, config, people, on_progress)
+            with locked(folder):
+                return _into_files(folder, config, people, on_progress)
     except FmrizooError:
         raise
     except OSError as error:
