@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal as signals
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from fmrizoo.cli import app
 from fmrizoo.config import PrepareConfig, QcConfig
 from fmrizoo.data import qc
+from fmrizoo.data.interrupt import Interrupted
 from fmrizoo.data.prepare import prepare
 from fmrizoo.data.store import Store
 from fmrizoo.data.synthetic import signal
@@ -361,6 +363,22 @@ def test_a_cohort_goes_on_and_grows(tmp_path: Path, store: bool) -> None:
             synthesise(out, wrong, store=store)
     with pytest.raises(DataError, match="form"):
         synthesise(out, config("subjects=3", "frames=8"), store=not store)
+
+
+@pytest.mark.parametrize("store", [False, True])
+def test_an_interrupted_cohort_goes_on(tmp_path: Path, store: bool) -> None:
+    settings = config("subjects=3", "frames=8")
+
+    def stop(done: int, total: int, run: str) -> None:
+        assert total == 3 and run == f"sub-000{done}_task-rest"
+        if done == 2:
+            signals.raise_signal(signals.SIGINT)
+
+    with pytest.raises(Interrupted):
+        synthesise(tmp_path / "out", settings, store=store, on_progress=stop)
+    done = synthesise(tmp_path / "out", settings, store=store)
+    assert (done.runs, done.kept) == (3, 1 if store else 2)  # a store keeps finished subjects
+    assert not list((tmp_path / "out").rglob(".*"))
 
 
 @pytest.mark.slow
