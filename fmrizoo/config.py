@@ -311,6 +311,37 @@ def compose(source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> Rec
     return recipe
 
 
+def read_values(source: Path | dict[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """A YAML file, a dict, or dotted ``key=value`` strings as plain containers, unchecked.
+
+    Raises:
+        RecipeError: not readable as keys and values.
+    """
+    try:
+        if isinstance(source, Path):
+            found = _read(source)
+        else:
+            found = OmegaConf.create(source) if isinstance(source, dict) else _overrides(source)
+        return cast(dict[str, Any], OmegaConf.to_container(found, resolve=True))
+    except RecipeError:
+        raise
+    except _UNUSABLE as error:
+        raise RecipeError(f"settings that cannot be read: {_line(error)}") from None
+
+
+def typed_section(schema: type, *parts: dict[str, Any]) -> Any:
+    """An instance of a dataclass that is no part of a recipe; later parts win.
+
+    Raises:
+        RecipeError: unknown key, a value of the wrong type, or values that contradict.
+    """
+    try:
+        merged = cast(DictConfig, OmegaConf.merge(*map(OmegaConf.create, parts)))
+    except _UNUSABLE as error:
+        raise RecipeError(f"settings that cannot be merged: {_line(error)}") from None
+    return _typed(schema, merged)
+
+
 def _component(kind: str, values: Any) -> Any:
     if values is None:
         return None

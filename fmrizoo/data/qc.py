@@ -141,7 +141,11 @@ def motion_measures(run: RunFile, dummy_scans: int, n_frames: int) -> Measures:
         raise DataError(
             f"{path} has {len(fd)} rows for the {n_frames + dummy_scans} volumes of {run.path}"
         )
-    fd = fd[dummy_scans:]
+    return displacement_measures(fd[dummy_scans:])
+
+
+def displacement_measures(fd: NDArray[np.float64]) -> Measures:
+    """``fd_mean`` and ``fd_max`` of framewise displacement ``(frames,)`` in mm."""
     fd = fd[np.isfinite(fd)]  # the first volume has no predecessor
     if not len(fd):
         return {"fd_mean": None, "fd_max": None}
