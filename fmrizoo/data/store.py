@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import threading
 import warnings
 from collections import Counter, OrderedDict
@@ -334,6 +335,7 @@ class Store:
     def summary(self) -> dict[str, Any]:
         """Counts and settings in plain types, for ``fmrizoo inspect``."""
         files = sorted({run.file for run in self.runs})
+        there = [f for f in files if os.path.exists(self.path / f)]
         contracts: dict[bytes, Contract] = {}
         for run in self.runs:
             contracts.setdefault(canonical(run.contract.to_dict()), run.contract)
@@ -344,8 +346,8 @@ class Store:
             "runs": len(self.runs),
             "frames": sum(run.n_frames for run in self.runs),
             "minutes": sum(run.n_frames * run.tr for run in self.runs) / 60,
-            "bytes": sum((self.path / f).stat().st_size for f in files if (self.path / f).exists()),
-            "missing_files": [f for f in files if not (self.path / f).exists()],
+            "bytes": sum((self.path / f).stat().st_size for f in there),
+            "missing_files": [f for f in files if f not in there],
             "stored_as": dict(Counter(run.kind for run in self.runs)),
             "quantisation_error": max((run.quantisation_error for run in self.runs), default=0.0),
             "brain_voxels": sorted({run.n_vox for run in self.runs}),

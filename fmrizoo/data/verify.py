@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -172,7 +173,7 @@ def _add(result: Verification, one: _File) -> None:
 def _check_file(path: Path, entries: Sequence[Mapping[str, Any]] | None) -> _File:
     """One subject's file against its entries (None: on its own word)."""
     name = path.name
-    if not path.exists():
+    if not os.path.exists(path):  # False also for a name that no file system takes
         said = f"{path} is missing: {len(entries or ())} runs of the index are lost"
         return _File([Finding(name, "", "missing", said)], 0, 0, 0)
     findings: list[Finding] = []
