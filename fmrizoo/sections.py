@@ -40,7 +40,8 @@ class QcConfig:
         for limit in fields(self):
             value = getattr(self, limit.name)
             require(
-                0 <= value < math.inf, f"prepare.qc.{limit.name} must be a number ≥ 0, got {value}"
+                0 <= value < math.inf,
+                f"prepare.qc and data.qc: {limit.name} must be a number ≥ 0, got {value}",
             )
 
 
@@ -105,6 +106,7 @@ class PrepareConfig:
 
 
 WINDOWS = ("fixed", "random")
+EXCLUDES = ("none", "flagged")
 BALANCES = ("none", "subject")
 
 
@@ -177,6 +179,11 @@ class DataConfig:
     select: dict[str, str] = field(
         default_factory=dict
     )  # BIDS entities to keep, {task: rest}; one of several values: {run: 1|2|3}
+    exclude: str = "none"  # runs not used: none | flagged (beyond a limit of data.qc)
+    qc: QcConfig = field(default_factory=QcConfig)  # the limits of exclude=flagged
+    leave_out: list[str] = field(
+        default_factory=list
+    )  # runs, sessions or subjects not used, [sub-03, sub-05_task-rest_run-2]
     clip_frames: int = 20  # frames in a clip (the source's SL)
     frame_stride: int = 1  # frames between two frames of a clip (SWS)
     clip_stride: float = 1.0  # clip starts, as a share of the clip's span; 0.5 = half overlap (SBS)
@@ -195,6 +202,8 @@ class DataConfig:
         require(self.frame_stride >= 1, f"data.frame_stride must be ≥ 1, got {self.frame_stride}")
         require(self.clip_stride > 0, f"data.clip_stride must be > 0, got {self.clip_stride}")
         require(self.threads >= 1, f"data.threads must be ≥ 1, got {self.threads}")
+        one_of("data.exclude", self.exclude, EXCLUDES)
+        require("" not in self.leave_out, "data.leave_out holds an empty name")
         one_of("data.windows", self.windows, WINDOWS)
         one_of("data.balance", self.balance, BALANCES)
         require(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmrizoo.config import ParametrizationConfig, Recipe
 from fmrizoo.data.clips import ClipTable
+from fmrizoo.data.exclusion import Selection, chosen
 from fmrizoo.data.loader import Loader
 from fmrizoo.data.mixture import open_store
 from fmrizoo.data.splits import Split, make_split, unit_of
@@ -60,11 +61,11 @@ def open_data(recipe: Recipe) -> JobData:
         DataError, CorruptStoreError: unusable data.
     """
     store = open_store(recipe.data)
-    runs = store.select(recipe.data.select)
+    found = chosen(store, recipe.data)
     if recipe.data.stage:
-        store = staged(store, runs, Path(recipe.data.stage), keep=recipe.data.stage_keep)
-        runs = store.select(recipe.data.select)
-    return JobData(store, runs, make_split(store, runs, recipe.split))
+        store = staged(store, found.used, Path(recipe.data.stage), keep=recipe.data.stage_keep)
+        found = Selection(store.select(recipe.data.select), found.left_out)
+    return JobData(store, found.used, make_split(store, found.runs, recipe.split, found.left_out))
 
 
 def fit_grid(backbone: Backbone, table: ClipTable) -> None:
