@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from fmrizoo.data.hdf5 import FORMAT
 from fmrizoo.data.reader import RunReader
 from fmrizoo.errors import CorruptStoreError, DataError
 from fmrizoo.files import canonical, sha256_of, write_atomic
@@ -174,10 +175,14 @@ def read_index_body(path: Path) -> dict[str, Any]:
     """Everything in the index of the store folder ``path``: runs, version, checksums.
 
     Raises:
-        DataError: no index there, or one of another format version.
-        CorruptStoreError: its content is not what was written.
+        DataError: no store there, or one of another format version.
+        CorruptStoreError: its content is not what was written, or only the subjects' files are
+            there.
     """
     file = path / INDEX
+    rebuild = f"`fmrizoo repair {path} SOURCE` rebuilds it from the subjects' files"
+    if not file.is_file() and (count := len(subject_files(path))):
+        raise CorruptStoreError(f"{file} is missing beside {count} subjects' files: {rebuild}")
     if not file.is_file():
         found = "the folder does not exist" if not path.is_dir() else f"it has no {INDEX}"
         raise DataError(f"{path} is not a store ({found}): run `fmrizoo prepare` first")
@@ -186,12 +191,27 @@ def read_index_body(path: Path) -> dict[str, Any]:
         schema, checksum, runs = body["schema"], body["sha256"], body["runs"]
         good = checksum == index_checksum(body) and isinstance(runs, list)
     except (OSError, *_MALFORMED) as error:
-        raise CorruptStoreError(f"{file} is damaged ({_said(error)}): run prepare again") from None
+        raise CorruptStoreError(f"{file} is damaged ({_said(error)}): {rebuild}") from None
     if not good:
-        raise CorruptStoreError(f"{file} does not match its checksum: run prepare again")
+        raise CorruptStoreError(f"{file} does not match its checksum: {rebuild}")
     if schema != SCHEMA:
         raise DataError(f"{file} has format {schema!r}, this version of fmrizoo reads {SCHEMA!r}")
     return cast("dict[str, Any]", body)
+
+
+def subject_files(path: Path) -> list[Path]:
+    """Files in a folder that say they are subjects of a store."""
+    import h5py
+
+    found = []
+    for file in sorted(path.glob("sub-*.h5")):
+        try:
+            with h5py.File(file, "r", locking=False) as opened:
+                if opened.attrs.get("schema") == FORMAT.encode():
+                    found.append(file)
+        except (OSError, RuntimeError, ValueError, KeyError):
+            continue  # no HDF5 file, or a damaged one: it says nothing
+    return found
 
 
 def described(path: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[RunInfo, ...]:

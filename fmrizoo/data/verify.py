@@ -88,8 +88,8 @@ def verify(
 
     Checked are the index with its own checksum, each subject's file against the index (missing,
     unfinished, other metadata, runs that only one of them has), the checksums of all metadata and
-    of every frame, participants.tsv, and data files that the index does not know. With a damaged
-    index the files are checked on their own word.
+    of every frame, participants.tsv, and data files that the index does not know. Without an index,
+    or with a damaged one, the files are checked on their own word.
 
     Args:
         path: Folder of the store.
@@ -138,9 +138,8 @@ def confirmed(path: str | Path, findings: Sequence[Finding]) -> list[Finding]:
     ``participants.tsv`` and files that the index does not know are kept as they are.
     """
     folder = Path(path)
-    if any(f.file == INDEX for f in findings):
-        return list(findings)  # nothing says what the files should hold
-    expected = _by_file(folder, read_index_body(folder))
+    lost = any(f.file == INDEX for f in findings)
+    expected = _by_file(folder, None if lost else read_index_body(folder))
     doubtful = sorted({f.file for f in findings} & expected.keys())
     kept = [f for f in findings if f.file not in doubtful]
     return kept + [
