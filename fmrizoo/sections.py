@@ -189,6 +189,7 @@ class DataConfig:
     clip_stride: float = 1.0  # clip starts, as a share of the clip's span; 0.5 = half overlap (SBS)
     windows: str = "fixed"  # training clips: fixed | random (a new start for each, every epoch)
     balance: str = "none"  # training clips: none | subject (each equally often, whatever its runs)
+    divide: int = 1  # training subjects dealt to so many nodes, each drawing from its own
     clips_per_visit: int = 1  # training clips taken of a run that is opened; more: fewer opens
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # training clips; all off
     normalization: str = "znorm_minback"  # see fmrizoo.data.normalize
@@ -209,6 +210,14 @@ class DataConfig:
         require(
             self.clips_per_visit >= 1,
             f"data.clips_per_visit must be ≥ 1, got {self.clips_per_visit}",
+        )
+        require(self.divide >= 1, f"data.divide must be ≥ 1, got {self.divide}")
+        weighted = any(one.weight is not None for one in self.stores.values())
+        require(
+            self.divide == 1 or (self.balance == "none" and not weighted),
+            f"data.divide={self.divide} deals every clip to one node, so subjects or stores cannot "
+            "be drawn in other shares than their clips: leave out data.balance and the weights of "
+            "data.stores, or data.divide",
         )
         require(
             not (self.windows == "random" and self.augment.time_shift),

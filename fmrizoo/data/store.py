@@ -9,7 +9,7 @@ import os
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -272,6 +272,7 @@ class Store:
         self._participants_sha256: str | None = body.get("participants_sha256")
         self._by_name = {run.name: run for run in self.runs}
         self._capacity = cache
+        self._elsewhere: dict[str, Path] = {}  # files with a copy, and the folder of that
         self._open: OrderedDict[str, RunReader] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -331,13 +332,18 @@ class Store:
             if reader is not None:
                 self._open.move_to_end(info.name)
                 return reader
-        reader = RunReader(self.path / info.file, info.name, info.uuid, info.meta_crc32)
+        folder = self._elsewhere.get(info.file, self.path)
+        reader = RunReader(folder / info.file, info.name, info.uuid, info.meta_crc32)
         with self._lock:
             reader = self._open.setdefault(info.name, reader)
             self._open.move_to_end(info.name)
             while len(self._open) > self._capacity:
                 self._open.popitem(last=False)
         return reader
+
+    def divert(self, files: Iterable[str], folder: Path) -> None:
+        """Read these files in ``folder``, which holds copies of them (in this process alone)."""
+        self._elsewhere |= dict.fromkeys(files, folder)
 
     def home(self, run: RunInfo) -> Path:
         """The folder that holds ``run``."""

@@ -63,6 +63,7 @@ _LATER = {
     "data.augment.intensity": 0.0,
     "data.augment.noise": 0.0,
     "data.augment.time_shift": 0,
+    "data.divide": 1,
     "data.exclude": "none",
     "data.leave_out": [],
 }
