@@ -57,7 +57,7 @@ class PrepareConfig:
         default_factory=lambda: [1.0, -17.0, 17.0]
     )  # mm, middle of the grid
     orientation: str = "RAS"  # axis codes of the stored array; SwiFT's weights expect LAS
-    mask: str = "auto"  # auto: the BIDS desc-brain_mask; compute: nilearn's EPI mask; or a file
+    mask: str = "auto"  # auto: desc-brain_mask; compute: an EPI mask; template: MNI's; or a file
     dummy_scans: int = 0  # volumes dropped at the start of every run
     tr: float | None = None  # seconds; None: the sidecar's RepetitionTime, else the header's
     on_tr_conflict: str = (
@@ -101,6 +101,11 @@ class PrepareConfig:
         require(
             len(self.orientation) == 3 and axes == letters,
             f"prepare.orientation needs one of R/L, A/P and S/I each, got {self.orientation!r}",
+        )
+        require(
+            self.mask != "template" or self.space.startswith("MNI152"),
+            f"prepare.mask=template is the MNI152 brain, but prepare.space={self.space}: take "
+            "prepare.mask=auto or compute, or a file",
         )
         require(self.dummy_scans >= 0, f"prepare.dummy_scans must be ≥ 0, got {self.dummy_scans}")
 
