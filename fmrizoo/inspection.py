@@ -46,7 +46,8 @@ def _split(path: Path) -> dict[str, Any]:
     from fmrizoo.data.splits import Split
 
     split = Split.load(path)
-    return {"kind": "split", "sha": split.sha, **split.parts()}
+    left_out = {"left_out": dict(split.left_out)} if split.left_out else {}
+    return {"kind": "split", "sha": split.sha, **split.parts(), **left_out}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

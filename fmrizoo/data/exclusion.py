@@ -55,7 +55,7 @@ def chosen(store: Store, config: DataConfig) -> Selection:
     if not found.used:
         raise DataError(
             f"data.exclude={config.exclude} and data.leave_out leave none of the {len(runs)} runs "
-            f"of {store.path}: the first is left out because {left_out[runs[0].name]}"
+            f"of {store.path}: the first is left out: {left_out[runs[0].name]}"
         )
     return found
 

@@ -199,7 +199,7 @@ def _narrowed(split: Split, left_out: Mapping[str, str]) -> Split:
 def _emptied(part: str, where: str, names: Sequence[str], left_out: Mapping[str, str]) -> str:
     return (
         f"data.exclude and data.leave_out leave none of the {len(names)} runs in the {part} part "
-        f"{where}: the first, {names[0]}, is left out because {left_out[names[0]]}"
+        f"{where}: the first, {names[0]}, is left out: {left_out[names[0]]}"
     )
 
 
