@@ -195,7 +195,10 @@ def _read(path: Path, stack: tuple[Path, ...] = ()) -> DictConfig:
     if not isinstance(defaults, list | ListConfig) or not all(isinstance(d, str) for d in defaults):
         raise RecipeError(f"{path}: 'defaults' must be a list of recipe files")
     bases = [_read(path.parent / f"{name}.yaml", (*stack, path)) for name in defaults]
-    return _merge(*bases, loaded)
+    try:
+        return _merge(*bases, loaded)
+    except _UNUSABLE as error:  # such as a section that is an interpolation of nothing
+        raise RecipeError(f"{path}: {_line(error)}") from None
 
 
 def _merge(*parts: DictConfig) -> DictConfig:
@@ -294,6 +297,8 @@ def compose(source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> Rec
             # data.select={run: 1} says what is selected, not what is added to the selection.
             OmegaConf.update(merged, key, OmegaConf.select(given, key), merge=False)
         OmegaConf.resolve(merged)
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise RecipeError(f"{missing[0]} is ???: give it a value")
     except RecipeError:
         raise
     except _UNUSABLE as error:

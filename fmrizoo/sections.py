@@ -40,7 +40,8 @@ class QcConfig:
         for limit in fields(self):
             value = getattr(self, limit.name)
             require(
-                0 <= value < math.inf, f"prepare.qc.{limit.name} must be a number ≥ 0, got {value}"
+                0 <= value < math.inf,
+                f"prepare.qc and data.qc: {limit.name} must be a number ≥ 0, got {value}",
             )
 
 
@@ -56,7 +57,7 @@ class PrepareConfig:
         default_factory=lambda: [1.0, -17.0, 17.0]
     )  # mm, middle of the grid
     orientation: str = "RAS"  # axis codes of the stored array; SwiFT's weights expect LAS
-    mask: str = "auto"  # auto: the BIDS desc-brain_mask; compute: nilearn's EPI mask; or a file
+    mask: str = "auto"  # auto: desc-brain_mask; compute: an EPI mask; template: MNI's; or a file
     dummy_scans: int = 0  # volumes dropped at the start of every run
     tr: float | None = None  # seconds; None: the sidecar's RepetitionTime, else the header's
     on_tr_conflict: str = (
@@ -101,10 +102,16 @@ class PrepareConfig:
             len(self.orientation) == 3 and axes == letters,
             f"prepare.orientation needs one of R/L, A/P and S/I each, got {self.orientation!r}",
         )
+        require(
+            self.mask != "template" or self.space.startswith("MNI152"),
+            f"prepare.mask=template is the MNI152 brain, but prepare.space={self.space}: take "
+            "prepare.mask=auto or compute, or a file",
+        )
         require(self.dummy_scans >= 0, f"prepare.dummy_scans must be ≥ 0, got {self.dummy_scans}")
 
 
 WINDOWS = ("fixed", "random")
+EXCLUDES = ("none", "flagged")
 BALANCES = ("none", "subject")
 
 
@@ -177,11 +184,17 @@ class DataConfig:
     select: dict[str, str] = field(
         default_factory=dict
     )  # BIDS entities to keep, {task: rest}; one of several values: {run: 1|2|3}
+    exclude: str = "none"  # runs not used: none | flagged (beyond a limit of data.qc)
+    qc: QcConfig = field(default_factory=QcConfig)  # the limits of exclude=flagged
+    leave_out: list[str] = field(
+        default_factory=list
+    )  # runs, sessions or subjects not used, [sub-03, sub-05_task-rest_run-2]
     clip_frames: int = 20  # frames in a clip (the source's SL)
     frame_stride: int = 1  # frames between two frames of a clip (SWS)
     clip_stride: float = 1.0  # clip starts, as a share of the clip's span; 0.5 = half overlap (SBS)
     windows: str = "fixed"  # training clips: fixed | random (a new start for each, every epoch)
     balance: str = "none"  # training clips: none | subject (each equally often, whatever its runs)
+    divide: int = 1  # training subjects dealt to so many nodes, each drawing from its own
     clips_per_visit: int = 1  # training clips taken of a run that is opened; more: fewer opens
     augment: AugmentConfig = field(default_factory=AugmentConfig)  # training clips; all off
     normalization: str = "znorm_minback"  # see fmrizoo.data.normalize
@@ -195,11 +208,21 @@ class DataConfig:
         require(self.frame_stride >= 1, f"data.frame_stride must be ≥ 1, got {self.frame_stride}")
         require(self.clip_stride > 0, f"data.clip_stride must be > 0, got {self.clip_stride}")
         require(self.threads >= 1, f"data.threads must be ≥ 1, got {self.threads}")
+        one_of("data.exclude", self.exclude, EXCLUDES)
+        require("" not in self.leave_out, "data.leave_out holds an empty name")
         one_of("data.windows", self.windows, WINDOWS)
         one_of("data.balance", self.balance, BALANCES)
         require(
             self.clips_per_visit >= 1,
             f"data.clips_per_visit must be ≥ 1, got {self.clips_per_visit}",
+        )
+        require(self.divide >= 1, f"data.divide must be ≥ 1, got {self.divide}")
+        weighted = any(one.weight is not None for one in self.stores.values())
+        require(
+            self.divide == 1 or (self.balance == "none" and not weighted),
+            f"data.divide={self.divide} deals every clip to one node, so subjects or stores cannot "
+            "be drawn in other shares than their clips: leave out data.balance and the weights of "
+            "data.stores, or data.divide",
         )
         require(
             not (self.windows == "random" and self.augment.time_shift),

@@ -129,7 +129,7 @@ def find_runs(source: Path, config: PrepareConfig, layout: str = "auto") -> list
         )
     chosen.sort(key=lambda run: str(run.key))
     for one, other in itertools.pairwise(chosen):
-        if one.key == other.key:
+        if str(one.key) == str(other.key):  # an entity without a value is none
             raise DataError(
                 f"{one.path} and {other.path} are both run {one.key}: keep one of them out with "
                 f"prepare.select"

@@ -1,6 +1,6 @@
 """Which clip comes at which position of the endless training sequence, from counters alone.
 
-Without any option an epoch is one random order of all clips. Three options change what is drawn;
+Without any option an epoch is one random order of all clips. Four options change what is drawn;
 all stay functions of (seed, position), so that any step can be resumed at once and neither threads
 nor world size change what comes:
 
@@ -8,6 +8,8 @@ nor world size change what comes:
     Subjects take turns: every ``S`` draws hold each of the ``S`` subjects once.
 ``data.stores`` with weights
     An epoch is shared out: every store has its quota of the epoch's positions.
+``data.divide=N``
+    See :mod:`fmrizoo.data.divide`.
 ``data.clips_per_visit=K``
     A run that is opened gives ``K`` clips before the next one. Positions are dealt to lanes (the
     places of a batch), so that a visit belongs to one rank; within a lane the clips of several
@@ -38,7 +40,7 @@ _MIXED = 64
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class Stretch:
     """Neighbouring clips of one run in the table."""
 
     first: int
@@ -60,7 +62,7 @@ class _Deck:
     run has beyond a multiple of ``visit`` is dealt one by one at the end of the cycle.
     """
 
-    def __init__(self, stretches: Sequence[_Stretch], seed: int, visit: int) -> None:
+    def __init__(self, stretches: Sequence[Stretch], seed: int, visit: int) -> None:
         self._first = [s.first for s in stretches]
         self._count = [s.count for s in stretches]
         self._seed, self._visit = seed, visit
@@ -95,8 +97,8 @@ class _Deck:
 class _Turns:
     """Subjects take turns in a new random order each round, ``visit`` clips a turn."""
 
-    def __init__(self, stretches: Sequence[_Stretch], seed: int, visit: int) -> None:
-        own: dict[str, list[_Stretch]] = {}
+    def __init__(self, stretches: Sequence[Stretch], seed: int, visit: int) -> None:
+        own: dict[str, list[Stretch]] = {}
         for stretch in stretches:
             own.setdefault(stretch.subject, []).append(stretch)
         self._decks = [
@@ -137,6 +139,7 @@ class Order:
         config: ``balance``, ``stores`` (weights) and ``clips_per_visit``.
         seed: Of the order.
         lanes: Places of a batch (over all ranks); matters with ``clips_per_visit > 1`` only.
+        stretches: Only these clips of the table; None: all.
 
     Attributes:
         shares: What each store gives to an epoch.
@@ -145,8 +148,16 @@ class Order:
         DataError: a weighted store without a clip in the table, or one whose share is none.
     """
 
-    def __init__(self, table: ClipTable, config: DataConfig, seed: int, lanes: int = 1) -> None:
-        stretches = _stretches(table)
+    def __init__(
+        self,
+        table: ClipTable,
+        config: DataConfig,
+        seed: int,
+        lanes: int = 1,
+        stretches: Sequence[Stretch] | None = None,
+    ) -> None:
+        stretches = stretches_of(table) if stretches is None else stretches
+        clips = sum(s.count for s in stretches)
         self._seed, self._visit = seed, config.clips_per_visit
         weights = {name: s.weight for name, s in config.stores.items() if s.weight is not None}
         pools = _pools(stretches, weights)
@@ -156,10 +167,10 @@ class Order:
             of = seed if len(pools) == 1 else derived(seed, k)
             kind = _Turns if config.balance == "subject" else _Deck
             self._dealers.append(kind(own, of, self._visit))
-        self._size = len(table)
+        self._size = clips
         if config.balance == "subject" and len(pools) == 1:
             turn = self._visit * len({s.subject for s in stretches})
-            self._size = turn * max(1, round(len(table) / turn))
+            self._size = turn * max(1, round(clips / turn))
         quotas = _quotas(self._size, [weights.get(name, 1.0) for name in pools])
         self.shares = _shares(stretches, pools, quotas, config.balance == "subject")
         self._ends = list(accumulate(quotas))
@@ -198,19 +209,18 @@ class Order:
         return start + number * block + permuted(place, size, own, epoch)
 
 
-def _stretches(table: ClipTable) -> list[_Stretch]:
+def stretches_of(table: ClipTable) -> list[Stretch]:
+    """The runs of a table, in its order."""
     bounds = np.flatnonzero(np.diff(table.run)) + 1
     edges = [0, *bounds.tolist(), len(table)]
     found = []
     for first, last in pairwise(edges):
         key = table.runs[table.run[first]].key
-        found.append(_Stretch(first, last - first, key.subject, key.data_set))
+        found.append(Stretch(first, last - first, key.subject, key.data_set))
     return found
 
 
-def _pools(
-    stretches: Sequence[_Stretch], weights: dict[str, float]
-) -> dict[str, Sequence[_Stretch]]:
+def _pools(stretches: Sequence[Stretch], weights: dict[str, float]) -> dict[str, Sequence[Stretch]]:
     """What is dealt on its own: each weighted store, or everything together."""
     if not weights:
         return {"": stretches}
@@ -235,8 +245,8 @@ def _quotas(size: int, weights: Sequence[float]) -> list[int]:
 
 
 def _shares(
-    stretches: Sequence[_Stretch],
-    pools: dict[str, Sequence[_Stretch]],
+    stretches: Sequence[Stretch],
+    pools: dict[str, Sequence[Stretch]],
     quotas: Sequence[int],
     turns: bool,
 ) -> tuple[Share, ...]:

@@ -64,7 +64,7 @@ def fingerprint(run: RunFile, config: PrepareConfig) -> dict[str, Any]:
     if run.layout != "nifti":
         settings = settings_of(config, run.layout)
         return {"sha256": {"bold": digest(run)}, "tr": run.tr, "settings": settings}
-    mask = {"auto": run.mask, "compute": None}.get(config.mask, Path(config.mask))
+    mask = _mask_file(run, config)
     confounds = run.confounds if config.confounds else None
     parts = {"bold": run.path, "mask": mask, "events": run.events, "confounds": confounds}
     sums = {}
@@ -73,6 +73,12 @@ def fingerprint(run: RunFile, config: PrepareConfig) -> dict[str, Any]:
             raise DataError(f"{part} file {path} does not exist")
         sums[part] = None if path is None else sha256_of(path)
     return {"sha256": sums, "tr": run.tr, "settings": settings_of(config)}
+
+
+def _mask_file(run: RunFile, config: PrepareConfig) -> Path | None:
+    """The file that the mask is read from; None for those that are made."""
+    made = {"auto": run.mask, "compute": None, "template": None}
+    return made.get(config.mask, Path(config.mask))
 
 
 def process(

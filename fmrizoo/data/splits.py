@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fmrizoo.config import SplitConfig
+from fmrizoo.data.exclusion import without
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.files import canonical, write_atomic
@@ -27,13 +28,16 @@ class Split:
     Attributes:
         train, validation, test: Run names, sorted; disjoint, and so are their units.
         config: The settings that made the split.
-        sha: SHA-256 of parts and settings, quoted by every result made with it.
+        left_out: Runs that are in no part though they were selected, and why
+            (:mod:`fmrizoo.data.exclusion`).
+        sha: SHA-256 of parts, settings and left-out runs, quoted by every result made with it.
     """
 
     train: list[str]
     validation: list[str]
     test: list[str]
     config: SplitConfig
+    left_out: Mapping[str, str] = field(default_factory=dict)
     sha: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,7 +57,8 @@ class Split:
         settings = {k: v for k, v in asdict(self.config).items() if k != "file"}
         if not self.config.train_units:
             del settings["train_units"]  # as in files from before there was such a setting
-        return {"schema": SCHEMA, "config": settings, **self.parts()}
+        left_out = {"left_out": dict(self.left_out)} if self.left_out else {}
+        return {"schema": SCHEMA, "config": settings, **self.parts(), **left_out}
 
     def save(self, path: Path) -> None:
         """Write the split as JSON, whole or not at all.
@@ -77,7 +82,8 @@ class Split:
                 raise DataError(f"{path} is not a split file (schema {body.get('schema')!r})")
             parts = ([str(n) for n in body[p]] for p in ("train", "validation", "test"))
             train, validation, test = parts
-            split = cls(train, validation, test, SplitConfig(**body["config"]))
+            left_out = {str(run): str(why) for run, why in body.get("left_out", {}).items()}
+            split = cls(train, validation, test, SplitConfig(**body["config"]), left_out)
             written = body["sha"]
         except FileNotFoundError:
             raise DataError(f"no split file {path}") from None
@@ -136,7 +142,12 @@ def unit_of(key: RunKey, by: str) -> str:
     return str(RunKey(key.subject, key.session, key.task, run=key.run, extra=direction))
 
 
-def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Split:
+def make_split(
+    store: Store,
+    runs: Sequence[RunInfo],
+    config: SplitConfig,
+    left_out: Mapping[str, str] | None = None,
+) -> Split:
     """Fold ``config.fold`` of a seeded k-fold over units, with validation from the other units.
 
     Over the folds every unit is in the test part exactly once. With ``config.train_units`` the
@@ -147,26 +158,54 @@ def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Sp
     Several stores (``data.stores``) are split one by one, each as it would be on its own: a model
     pretrained on all of them can be tested on the test part of any.
 
+    Runs that are left out take part in the drawing and are then removed: every other run is in the
+    part that it would be in without. ``config.train_units`` counts units with a run that is used.
+
+    Args:
+        left_out: Why a run is in no part, by name.
+
     Raises:
-        DataError: fewer units than folds, or none left to train on.
+        DataError: fewer units than folds, or none left to train on, validate or test.
     """
+    left_out = left_out or {}
     if config.file is not None:
         split = Split.load(Path(config.file))
         split.check(store)
-        return split
+        return _narrowed(split, left_out)
     sets: dict[str, list[RunInfo]] = {}
     for run in runs:
         sets.setdefault(run.key.data_set, []).append(run)
-    drawn = [_draw(own, config, name) for name, own in sorted(sets.items())]
+    drawn = [_draw(own, config, name, left_out) for name, own in sorted(sets.items())]
     train, validation, test = (
         sorted(n for part in parts for n in part) for parts in zip(*drawn, strict=True)
     )
-    split = Split(train, validation, test, config)
+    split = Split(train, validation, test, config, dict(left_out))
     split.check(store)
     return split
 
 
-def _draw(runs: Sequence[RunInfo], config: SplitConfig, data_set: str) -> tuple[list[str], ...]:
+def _narrowed(split: Split, left_out: Mapping[str, str]) -> Split:
+    """A split that was read, without the runs that this job leaves out."""
+    inside = {n: why for n, why in left_out.items() if any(n in p for p in split.parts().values())}
+    if not inside:
+        return split
+    parts = {part: without(names, inside) for part, names in split.parts().items()}
+    for part, names in split.parts().items():
+        if names and not parts[part]:
+            raise DataError(_emptied(part, "of the split file", names, inside))
+    return Split(**parts, config=split.config, left_out={**split.left_out, **inside})
+
+
+def _emptied(part: str, where: str, names: Sequence[str], left_out: Mapping[str, str]) -> str:
+    return (
+        f"data.exclude and data.leave_out leave none of the {len(names)} runs in the {part} part "
+        f"{where}: the first, {names[0]}, is left out: {left_out[names[0]]}"
+    )
+
+
+def _draw(
+    runs: Sequence[RunInfo], config: SplitConfig, data_set: str, left_out: Mapping[str, str]
+) -> tuple[list[str], ...]:
     """Names of the training, validation and test runs of one store."""
     where = f" of {data_set}" if data_set else ""
     units: dict[str, list[str]] = {}
@@ -190,11 +229,20 @@ def _draw(runs: Sequence[RunInfo], config: SplitConfig, data_set: str) -> tuple[
             f"the test part and {held_out} of them for validation: nothing is left to train on; "
             f"lower split.validation"
         )
-    train_names = rest[held_out:]
+    kept = {unit: without(listed, left_out) for unit, listed in units.items()}
+    for part, drawn in (
+        ("train", rest[held_out:]),
+        ("validation", rest[:held_out]),
+        ("test", test),
+    ):
+        if drawn and not any(kept[unit] for unit in drawn):
+            own = [name for unit in drawn for name in units[unit]]
+            raise DataError(_emptied(part, f"of fold {config.fold}{where}", own, left_out))
+    train_names = [unit for unit in rest[held_out:] if kept[unit]]
     if config.train_units > len(train_names):
         raise DataError(
             f"split.train_units={config.train_units}, but the training part of fold {config.fold}"
             f"{where} has {len(train_names)} {config.by}(s)"
         )
     parts = (train_names[: config.train_units or None], rest[:held_out], test)
-    return tuple([n for u in part for n in units[u]] for part in parts)
+    return tuple([n for u in part for n in kept[u]] for part in parts)

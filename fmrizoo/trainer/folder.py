@@ -63,6 +63,9 @@ _LATER = {
     "data.augment.intensity": 0.0,
     "data.augment.noise": 0.0,
     "data.augment.time_shift": 0,
+    "data.divide": 1,
+    "data.exclude": "none",
+    "data.leave_out": [],
 }
 
 
@@ -90,6 +93,7 @@ def deciding_keys(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
             if k not in safe
             and not _MOVED.fullmatch(k)
             and not k.startswith(_ELSEWHERE)
+            and not (k.startswith("data.qc.") and keys.get("data.exclude", "none") == "none")
             and v not in (None, {})
             and not (k in _LATER and _LATER[k] == v)
         }
