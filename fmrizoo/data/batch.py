@@ -18,6 +18,7 @@ from fmrizoo.data.normalize import voxel_affine
 from fmrizoo.data.reader import RunReader
 from fmrizoo.data.store import Store
 from fmrizoo.types import Batch, Grid, Voxels
+from fmrizoo.types.batch import fresh
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ def _decode(sample: CompactSample, device: torch.device, dtype: torch.dtype) -> 
     """``(frames, voxels)``: ``a * stored + b`` at the brain voxels."""
     run = sample.decode.on(device)
     stored = torch.from_numpy(sample.rows).to(device)[:, : sample.decode.n_vox]
-    out = torch.empty(stored.shape, device=device, dtype=dtype)
+    out = fresh(stored.shape, dtype, device)
     # One frame at a time stays in a CPU's cache; other devices take all at once.
     step = 1 if device.type == "cpu" else max(len(stored), 1)
     for t in range(0, len(stored), step):

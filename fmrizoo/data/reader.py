@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import weakref
-import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from fmrizoo.data.codec import (
     decode,
     frame_crc,
     frame_seed,
+    inflate,
     runs_to_index,
 )
 from fmrizoo.data.hdf5 import SMALL, meta_checksum
@@ -226,8 +227,8 @@ class RunReader:
         packed = np.empty(size, np.uint8)
         self._fill(packed, place, frame)
         try:
-            plain = zlib.decompress(packed.data)
-        except zlib.error as error:
+            plain = inflate(packed.data, math.prod(self.grid) * self.dtype.itemsize)
+        except ValueError as error:
             raise self._corrupt(f"frame {frame} cannot be decompressed ({error})") from None
         if frame_crc(np.frombuffer(plain, np.uint8), self._seeds[frame]) != self._crc[frame]:
             raise self._corrupt(f"frame {frame} fails its checksum")

@@ -6,14 +6,30 @@ Shape letters: ``b`` samples, ``v`` brain voxels, ``x y z t`` voxels and frames.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fmrizoo.errors import DataError
 from fmrizoo.types.grid import Grid
+
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Uninitialised memory; on a CPU NumPy's, which asks the kernel for huge pages.
+
+    A dense clip of 20 frames is 35 MB: first touching as many small pages costs more than filling
+    them.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.empty(*shape, dtype=dtype, device=device)
+    memory = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(*shape)
 
 
 @dataclass
@@ -64,12 +80,30 @@ class Voxels:
     def dense(self) -> Tensor:
         """``(b, 1, x, y, z, t)`` over memory in the order b, t, x, y, z."""
         space = math.prod(self.grid[:3])
-        out = self.values.new_empty(len(self.counts), self.grid.t, space)
-        out[:] = self.background.to(out.dtype).view(-1, 1, 1)
+        shape = (len(self.counts), self.grid.t, space)
         values = torch.split(self.values, list(self.counts), 1)
-        for clip, frames, index in zip(out, values, self.split(self.index), strict=True):
-            clip.index_copy_(1, index, frames)
+        # Not of a subclass (which only plays at computing), nor where a gradient goes back.
+        if self.values.is_cpu and type(self.values) is Tensor and not self.values.requires_grad:
+            out = fresh(shape, self.values.dtype, "cpu")
+            self._fill(out, values)
+        else:
+            out = self.values.new_empty(shape)
+            out[:] = self.background.to(out.dtype).view(-1, 1, 1)
+            for clip, frames, index in zip(out, values, self.split(self.index), strict=True):
+                clip.index_copy_(1, index, frames)
         return out.view(-1, self.grid.t, *self.grid[:3]).permute(0, 2, 3, 4, 1).unsqueeze(1)
+
+    def _fill(self, out: Tensor, values: Sequence[Tensor]) -> None:
+        """``out (b, t, cells)`` on a CPU: frame by frame, each filled while it is in the cache."""
+        word = _WORDS[out.dtype.itemsize]  # bits are copied, whatever they mean
+        background = self.background.to(out.dtype)
+        indices = self.split(self.index)
+        for clip, frames, index, outside in zip(out, values, indices, background, strict=True):
+            brain = np.zeros(clip.shape[1], bool)
+            brain[index.numpy()] = True
+            for frame, row in zip(clip, frames, strict=True):
+                frame.fill_(outside)
+                frame.view(word).numpy()[brain] = row.view(word).numpy()
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """``rows (v, …)`` cut into the samples."""
