@@ -21,7 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader
 
 from fmrizoo.config import DataConfig
 from fmrizoo.data.clips import ClipTable
-from fmrizoo.data.legacy import DATASET, read_hdf5
 from fmrizoo.data.loader import Loader
 from fmrizoo.data.store import Store
 from fmrizoo.data.verify import verify
@@ -46,7 +45,6 @@ from recordings import GRID, WINDOW, brain, synthetic, write_store
 
 OURS, DENSE = "ours int8: compact + checksums", "ours int8: dense fp16 on the host"
 PLAIN_GZIP, OWN_GZIP = "h5py on our gzip store", "ours on our gzip store"
-PLAIN_RUN, OWN_RUN = "h5py: whole run of fmri_data", "ours: whole run of fmri_data"
 RESUMED = 200_000  # the step that a run is resumed at
 
 Reader = Callable[[], Iterable[Any]]
@@ -62,7 +60,6 @@ class Contender:
         files: Where its bytes are.
         held: Frames that those hold.
         processes: It reads in worker processes.
-        per: Windows that one item counts for.
     """
 
     name: str
@@ -70,7 +67,6 @@ class Contender:
     files: list[Path]
     held: int
     processes: bool = False
-    per: float = 1.0
 
 
 @dataclass
@@ -150,23 +146,6 @@ def gzip_store(folder: Path, n_frames: int) -> list[Contender]:
     ]
 
 
-def legacy(path: Path, frames: int) -> list[Contender]:
-    """A foreign ``fmri_data (x, y, z, t)`` file with gzip and automatic chunks, as a whole."""
-
-    def plain(_: Windows) -> Reader:
-        def read() -> Iterator[np.ndarray]:
-            with h5py.File(path, "r") as file:
-                yield np.asarray(file[DATASET][()], dtype=np.float32)
-
-        return read
-
-    per = frames / WINDOW
-    return [
-        Contender(OWN_RUN, lambda _: lambda: iter([read_hdf5(path)]), [path], frames, per=per),
-        Contender(PLAIN_RUN, plain, [path], frames, per=per),
-    ]
-
-
 def other(kind: type[Layout], folder: Path, n_frames: int) -> list[Contender]:
     """One layout, with each number of workers."""
     files = [p for p in folder.rglob("*") if p.is_file()]
@@ -207,10 +186,7 @@ def write_all(
         held = WINDOW * len(windows) if kind is layouts.WebDataset else total
         found += other(kind, own, held)
     found += gzip_store(folder / "gzip", total)
-    path = folder / "sub-01.h5"
-    with h5py.File(path, "w") as file:
-        file.create_dataset(DATASET, data=np.moveaxis(scores[0], 0, -1), compression="gzip")
-    return [*found, *legacy(path, frames)], mask
+    return found, mask
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -231,7 +207,7 @@ def measure(ways: list[Contender], windows: Windows, rounds: int) -> dict[str, C
     seen: dict[str, Cost] = {way.name: Cost([]) for way in ways}
     for number, way in itertools.product(range(rounds + 1), ways):
         before = cpu_seconds()
-        count = consume(readers[way.name]()) * way.per
+        count = consume(readers[way.name]())
         spent = (cpu_seconds() - before) / count * 1000
         if number:  # the first round opens files, starts workers and fills the page cache
             seen[way.name].cpu.append(spent)
@@ -256,7 +232,7 @@ def count_calls(way: Contender, reader: Reader, cost: Cost) -> None:
         os.preadv = counted
         try:
             before = read_calls()
-            windows = consume(reader()) * way.per
+            windows = consume(reader())
             after = read_calls()
         finally:
             os.preadv = real
@@ -272,7 +248,7 @@ def first_windows(
     """Wall and CPU milliseconds (medians), and opens, from nothing to the first window."""
     found = {}
     for way in ways:
-        if way.processes or way.per != 1.0:
+        if way.processes:
             continue
         walls, cpus, opened = [], [], 0
         for window in itertools.islice(itertools.cycle(windows), repeats):
@@ -330,7 +306,7 @@ def verified(folder: Path, rounds: int) -> tuple[float, float]:
 def report(ways: list[Contender], costs: dict[str, Cost]) -> None:
     """The ratio table."""
     print(
-        f"\n{'CPU per window':37s}{'ms':>8s}{'range':>16s}{'× compact':>10s}{'× dense':>9s}"
+        f"\n{'CPU per window':45s}{'ms':>8s}{'range':>16s}{'× compact':>10s}{'× dense':>9s}"
         f"{'reads':>8s}{'MB':>7s}{'opens':>7s}{'bytes/raw':>11s}"
     )
     for way in ways:
@@ -342,7 +318,7 @@ def report(ways: list[Contender], costs: dict[str, Cost]) -> None:
         if way.processes:
             seen = f"{'·':>8s}{'·':>7s}{'·':>7s}"
         print(
-            f"{way.name:37s}{cost.median:8.2f}{spread:>16s}"
+            f"{way.name:45s}{cost.median:8.2f}{spread:>16s}"
             f"{cost.median / costs[OURS].median:10.1f}{cost.median / costs[DENSE].median:9.1f}"
             f"{seen}{size:11.4f}"
         )
@@ -359,7 +335,6 @@ def targets(costs: dict[str, Cost], jump: float) -> None:
         asked.append((f"gzip DataLoader({w}) / dense fp16", gz, DENSE, 8))
     asked += [
         ("our gzip store: h5py / ours", PLAIN_GZIP, OWN_GZIP, 2),
-        ("fmri_data, whole run: h5py / ours", PLAIN_RUN, OWN_RUN, 2),
         ("dense memmap / compact", layouts.Memmap.name, OURS, 5),
     ]
     for said, over, under, least in asked:
@@ -367,9 +342,7 @@ def targets(costs: dict[str, Cost], jump: float) -> None:
         verdict = "met" if ratio >= least else "MISSED"
         print(f"  {said:44s}{ratio:8.1f}   target ≥ {least:<3d} {verdict}")
     same = costs[layouts.Memmap.name].median / costs[DENSE].median
-    print(
-        f"  {'dense memmap / ours dense (same format)':44s}{same:8.2f}   no target: below 1 = we lose"
-    )
+    print(f"  {'dense memmap / ours dense (same format)':44s}{same:8.2f}   below 1: we lose")
     calls = costs[OURS].preads
     verdict = "met" if calls == costs[OURS].calls == 1 else "MISSED"
     print(
@@ -402,9 +375,9 @@ def run(folder: Path, quick: bool) -> None:
     subjects = 2_000 if quick else 50_000
     jump, fresh, clips = resume(folder / "int8", subjects, rounds)
     targets(costs, fresh)
-    print(f"\n{'First window of a fresh reader':37s}{'wall ms':>9s}{'CPU ms':>8s}{'opens':>7s}")
+    print(f"\n{'First window of a fresh reader':45s}{'wall ms':>9s}{'CPU ms':>8s}{'opens':>7s}")
     for name, (wall, cpu, opened) in first_windows(ways, windows, rounds).items():
-        print(f"{name:37s}{wall:9.1f}{cpu:8.1f}{opened:7d}")
+        print(f"{name:45s}{wall:9.1f}{cpu:8.1f}{opened:7d}")
     print(
         f"\nResume at step {RESUMED:,} of {clips:,} clips of {subjects:,} subjects, 128 ranks: "
         f"{fresh:.2f} ms with a new Loader, {jump:.2f} ms in one that stands"

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from fmrizoo.config import PrepareConfig
 from fmrizoo.data.bids import LABEL, RunFile
-from fmrizoo.data.chunks import read_chunked
 from fmrizoo.data.nifti import LoadedRun
 from fmrizoo.errors import DataError
 from fmrizoo.files import sha256_of
@@ -116,7 +115,7 @@ def load_legacy(run: RunFile, config: PrepareConfig) -> LoadedRun:
                 f"{run.path}: prepare.{key}={getattr(config, key)} cannot be applied to data whose "
                 f"space and TR are unknown: prepare its NIfTI files instead"
             )
-    bold = _read_frames(run.path) if run.layout == "swift" else read_hdf5(run.path)
+    bold = _read_frames(run.path) if run.layout == "swift" else _read_hdf5(run.path)
     if not np.isfinite(bold).all():
         raise DataError(f"{run.path} holds NaN or infinite values")
     mask = (bold != bold[0, 0, 0, 0]).any(3)
@@ -160,7 +159,7 @@ def _read_frames(folder: Path) -> NDArray[np.float32]:
     return out
 
 
-def read_hdf5(path: Path) -> NDArray[np.float32]:
+def _read_hdf5(path: Path) -> NDArray[np.float32]:
     import h5py
 
     try:
@@ -171,6 +170,6 @@ def read_hdf5(path: Path) -> NDArray[np.float32]:
                     f"{path}: {DATASET} is {data.dtype} {data.shape}, numbers (x, y, z, t) are "
                     f"expected"
                 )
-            return np.asarray(read_chunked(data), dtype=np.float32)
-    except (OSError, KeyError, AttributeError, RuntimeError, ValueError) as error:
+            return np.asarray(data[()], dtype=np.float32)
+    except (OSError, KeyError, AttributeError, RuntimeError) as error:
         raise DataError(f"{path} is damaged: {error}") from None

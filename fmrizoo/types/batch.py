@@ -6,12 +6,15 @@ Shape letters: ``b`` samples, ``v`` brain voxels, ``x y z t`` voxels and frames.
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fmrizoo.errors import DataError
@@ -20,16 +23,37 @@ from fmrizoo.types.grid import Grid
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Uninitialised memory; on a CPU NumPy's, which asks the kernel for huge pages.
+# Memory of the last host tensors of this size or more that nobody looks at any longer.
+_LARGE = 4 << 20
+_kept: deque[NDArray[np.uint8]] = deque(maxlen=2)
 
-    A dense clip of 20 frames is 35 MB: first touching as many small pages costs more than filling
-    them.
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Uninitialised memory of a batch; on a CPU used again once the last tensor over it is gone.
+
+    A dense clip of 20 frames is 35 MB: to touch so many new pages costs more than to fill them.
+    Two such pieces are kept at most, in huge pages where the kernel has them (NumPy asks it to).
     """
-    if torch.device(device).type != "cpu":
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < _LARGE:
         return torch.empty(*shape, dtype=dtype, device=device)
-    memory = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(memory).view(dtype).view(*shape)
+    # The tensor's storage holds this view, and nothing else does: it goes when the storage goes.
+    memory = _memory(size)
+    view = memory[:]
+    weakref.finalize(view, _kept.append, memory).atexit = False
+    return torch.from_numpy(view).view(dtype).view(*shape)
+
+
+def _memory(size: int) -> NDArray[np.uint8]:
+    for _ in range(len(_kept)):
+        try:
+            memory = _kept.popleft()
+        except IndexError:  # another thread took it
+            break
+        if memory.nbytes == size:
+            return memory
+        _kept.append(memory)
+    return np.empty(size, np.uint8)
 
 
 @dataclass
