@@ -182,7 +182,7 @@ class RunReader:
         frames = range(start, start + n * stride, stride)
         if self._dense:
             for k, t in enumerate(frames):
-                out[k] = self._read_chunk(t)
+                self._read_chunk(t, out[k])
             return out
         row_bytes = self.row * self.dtype.itemsize
         if stride == 1:
@@ -222,7 +222,7 @@ class RunReader:
             except CorruptStoreError as error:
                 yield t, error
 
-    def _read_chunk(self, frame: int) -> Array:
+    def _read_chunk(self, frame: int, out: Array) -> None:
         place, size = self._chunks[frame]
         packed = np.empty(size, np.uint8)
         self._fill(packed, place, frame)
@@ -232,7 +232,8 @@ class RunReader:
             raise self._corrupt(f"frame {frame} cannot be decompressed ({error})") from None
         if frame_crc(np.frombuffer(plain, np.uint8), self._seeds[frame]) != self._crc[frame]:
             raise self._corrupt(f"frame {frame} fails its checksum")
-        return np.frombuffer(plain, self.dtype)[self.index]
+        # Clipping spares a copy; the index cannot point outside, it passed a checksum.
+        np.take(np.frombuffer(plain, self.dtype), self.index, out=out, mode="clip")
 
     def _fill(self, out: Array, place: int, frame: int) -> None:
         view = out.reshape(-1).view(np.uint8).data
