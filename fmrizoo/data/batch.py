@@ -198,7 +198,7 @@ class CompactBatch(Clips[CompactSample]):
         runs = [s.decode.on(device) for s in self.samples]
         counts = tuple(s.decode.n_vox for s in self.samples)
         values = fresh((len(self.samples[0].rows), sum(counts)), dtype, device)
-        for sample, out in zip(self.samples, torch.split(values, counts, 1), strict=True):
+        for sample, out in zip(self.samples, torch.split(values, list(counts), 1), strict=True):
             _decode(sample, out)
         voxels = Voxels(
             values=values,

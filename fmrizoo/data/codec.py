@@ -71,6 +71,7 @@ def inflate(packed: memoryview | bytes, size: int) -> bytes | bytearray:
     Raises:
         ValueError: a damaged stream, or one of another size.
     """
+    plain: bytes | bytearray
     try:
         if _libdeflate is not None:
             plain = _libdeflate(packed, size)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fmrizoo.errors import DataError
 from fmrizoo.types.grid import Grid
 
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 # Memory of the last host tensors of this size or more that nobody looks at any longer.
