@@ -106,7 +106,7 @@ class Voxels:
         space = math.prod(self.grid[:3])
         shape = (len(self.counts), self.grid.t, space)
         values = torch.split(self.values, list(self.counts), 1)
-        # Not of a subclass (which only plays at computing), nor where a gradient goes back.
+        # NumPy takes neither subclasses (which may only play at computing) nor trained values.
         if self.values.is_cpu and type(self.values) is Tensor and not self.values.requires_grad:
             out = fresh(shape, self.values.dtype, "cpu")
             self._fill(out, values)
