@@ -23,17 +23,6 @@ try:  # same polynomial and results as zlib's, several times faster; a wheel on 
     from isal.isal_zlib import crc32 as crc32
 except ImportError:
     from zlib import crc32 as crc32
-try:  # libdeflate inflates a frame in half of zlib's time, ISA-L in two thirds
-    from deflate import DeflateError as _InflateError
-    from deflate import zlib_decompress as _libdeflate
-except ImportError:
-    _libdeflate = None
-    try:
-        from isal.isal_zlib import decompress as _decompress
-        from isal.isal_zlib import error as _InflateError
-    except ImportError:
-        from zlib import decompress as _decompress
-        from zlib import error as _InflateError
 
 PAGE = 4096
 _LEVELS = {"int8": 127, "int16": 32767}
@@ -63,25 +52,6 @@ def row_width(n_vox: int, itemsize: int) -> int:
     size = n_vox * itemsize
     step = PAGE if size >= 16 * PAGE else 64
     return -(-size // step) * step // itemsize
-
-
-def inflate(packed: memoryview | bytes, size: int) -> bytes | bytearray:
-    """The ``size`` bytes that a zlib stream holds.
-
-    Raises:
-        ValueError: a damaged stream, or one of another size.
-    """
-    plain: bytes | bytearray
-    try:
-        if _libdeflate is not None:
-            plain = _libdeflate(packed, size)
-        else:
-            plain = _decompress(packed, bufsize=size)
-    except _InflateError as error:
-        raise ValueError(str(error)) from None
-    if len(plain) != size:
-        raise ValueError(f"it holds {len(plain)} bytes, not {size}")
-    return plain
 
 
 def frame_seed(uid: str, run: str, frame: int) -> int:

@@ -23,10 +23,10 @@ from fmrizoo.data.codec import (
     decode,
     frame_crc,
     frame_seed,
-    inflate,
     runs_to_index,
 )
 from fmrizoo.data.hdf5 import SMALL, meta_checksum
+from fmrizoo.data.inflate import inflate
 from fmrizoo.errors import CorruptStoreError, DataError
 
 # What h5py, json and numpy raise on damaged bytes.

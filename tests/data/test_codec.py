@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrizoo.data import codec
+from fmrizoo.data import codec, inflate
 from fmrizoo.errors import DataError
 
 
@@ -127,10 +127,10 @@ def test_inflate_is_the_same_with_every_library(
 ) -> None:
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
-    spec = importlib.util.spec_from_file_location("codec_again", codec.__file__)
+    spec = importlib.util.spec_from_file_location("inflate_again", inflate.__file__)
     assert spec is not None and spec.loader is not None
     again = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "codec_again", again)
+    monkeypatch.setitem(sys.modules, "inflate_again", again)
     spec.loader.exec_module(again)
     plain = np.random.default_rng(0).integers(0, 9, 5000, np.uint8).tobytes()
     packed = zlib.compress(plain, 1)
