@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from fmrizoo.evaluate import metrics
 from fmrizoo.evaluate.results import Result, TaskInfo
-from fmrizoo.evaluate.summary import Difference, Row, Spread, difference, rows
+from fmrizoo.evaluate.statistics import UNITWISE, Paired, paired
+from fmrizoo.evaluate.summary import Row, Spread, rows
 from fmrizoo.report.collect import Evidence, Run
 
 CHANCE = "Chance"
@@ -56,7 +57,7 @@ class Pair:
     question: str
     first: Row
     second: Row
-    gap: Difference | None
+    gap: Paired | None
 
     @property
     def answer(self) -> str:
@@ -154,12 +155,12 @@ def _best(candidates: Sequence[Row]) -> Row | None:
     return next((r for r in candidates if r.primary is not None and r.name != CHANCE), None)
 
 
-def _compare(first: Row, second: Row, evidence: Evidence) -> Difference | None:
+def _compare(first: Row, second: Row, evidence: Evidence) -> Paired | None:
     tables = [
         [r.predictions for r in evidence.runs if _belongs(r.result, row) and r.predictions]
         for row in (first, second)
     ]
-    return difference(tables[0], tables[1], first.task.kind)
+    return paired(tables[0], tables[1], first.task.kind, UNITWISE[first.task.kind])
 
 
 def _belongs(result: Result | None, row: Row) -> bool:
