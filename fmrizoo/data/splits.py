@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fmrizoo.config import SplitConfig
+from fmrizoo.config import MatchConfig, SplitConfig
+from fmrizoo.data.matching import match
+from fmrizoo.data.people import People, binned, people_for
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.files import canonical, write_atomic
 from fmrizoo.types import RunKey
 
+log = logging.getLogger(__name__)
+
 SCHEMA = "fmrizoo.split/1"
+# Not of the parts: where they were read from, and how a baseline's penalty is chosen.
+_NOT_PARTS = ("file", "inner")
+# Settings that are absent in files from before there were such; so is the hash of their bodies.
+_LATER = ("train_units", "column", "stratify", "bins", "match")
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,8 @@ class Split:
     Attributes:
         train, validation, test: Run names, sorted; disjoint, and so are their units.
         config: The settings that made the split.
+        matching: Data set (empty: the only one) → pairs, who was left out and the imbalance before
+            and after (:class:`fmrizoo.data.matching.Matching`); empty without ``split.match``.
         sha: SHA-256 of parts and settings, quoted by every result made with it.
     """
 
@@ -34,6 +46,7 @@ class Split:
     validation: list[str]
     test: list[str]
     config: SplitConfig
+    matching: dict[str, Any] = field(default_factory=dict)
     sha: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -50,10 +63,14 @@ class Split:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def _body(self) -> dict[str, Any]:
-        settings = {k: v for k, v in asdict(self.config).items() if k != "file"}
-        if not self.config.train_units:
-            del settings["train_units"]  # as in files from before there was such a setting
-        return {"schema": SCHEMA, "config": settings, **self.parts()}
+        usual = asdict(SplitConfig())
+        settings = {
+            k: v
+            for k, v in asdict(self.config).items()
+            if k not in _NOT_PARTS and not (k in _LATER and v == usual[k])
+        }
+        body = {"schema": SCHEMA, "config": settings, **self.parts()}
+        return {**body, "matching": self.matching} if self.matching else body
 
     def save(self, path: Path) -> None:
         """Write the split as JSON, whole or not at all.
@@ -77,7 +94,11 @@ class Split:
                 raise DataError(f"{path} is not a split file (schema {body.get('schema')!r})")
             parts = ([str(n) for n in body[p]] for p in ("train", "validation", "test"))
             train, validation, test = parts
-            split = cls(train, validation, test, SplitConfig(**body["config"]))
+            settings = dict(body["config"])
+            if "match" in settings:
+                settings["match"] = MatchConfig(**settings["match"])
+            matching = dict(body.get("matching", {}))
+            split = cls(train, validation, test, SplitConfig(**settings), matching)
             written = body["sha"]
         except FileNotFoundError:
             raise DataError(f"no split file {path}") from None
@@ -111,10 +132,12 @@ class Split:
                 f"{len(missing)} runs of the split are not in {store.path} (first: {missing[0]}): "
                 f"it was made for another store"
             )
+        keys = [store[name].key for listed in parts.values() for name in listed]
+        unit_of_key = units_of(store, keys, self.config)
         where: dict[str, str] = {}
         for part, listed in parts.items():
             for name in listed:
-                unit = unit_of(store[name].key, self.config.by)
+                unit = unit_of_key(store[name].key)
                 if where.setdefault(unit, part) != part:
                     raise DataError(
                         f"{self.config.by} {unit} is divided between the {where[unit]} and the "
@@ -136,6 +159,42 @@ def unit_of(key: RunKey, by: str) -> str:
     return str(RunKey(key.subject, key.session, key.task, run=key.run, extra=direction))
 
 
+def units_of(store: Store, keys: Sequence[RunKey], config: SplitConfig) -> Callable[[RunKey], str]:
+    """:func:`unit_of` for ``config``, which for families and sites has to know the subjects.
+
+    Subjects with the same value in any of the columns are one unit. With ``site,family`` two sites
+    that share a family are one unit too: neither can be divided between the parts.
+
+    Args:
+        store: With participants.tsv (families and sites only).
+        keys: Of all runs that will be asked for; others are units of their own subject.
+        config: Whose ``by`` and ``column`` count.
+
+    Raises:
+        DataError: no participants.tsv, no such column, or a subject without a value.
+    """
+    if config.by not in ("family", "site"):
+        return lambda key: unit_of(key, config.by)
+    key = f"split.by={config.by}"
+    people = people_for(store, key)
+    subjects = sorted({k.subject for k in keys})
+    columns = [name.strip() for name in (config.column or config.by).split(",")]
+    unit = {s: s for s in subjects}
+    for name in columns:
+        first: dict[str, str] = {}
+        for subject, value in people.column(name, subjects, key).items():
+            # Labels of different data sets are no names of the same thing.
+            value = f"{RunKey(subject).data_set}:{value}"
+            kept, gone = unit[first.setdefault(value, subject)], unit[subject]
+            if kept != gone:
+                unit = {s: kept if u == gone else u for s, u in unit.items()}
+    if len(columns) == 1:  # the column's value is the better name
+        for subject, value in people.column(columns[0], subjects, key).items():
+            data_set = RunKey(subject).data_set
+            unit[subject] = f"{data_set}:{value}" if data_set else value
+    return lambda key: unit.get(key.subject, str(RunKey(key.subject)))
+
+
 def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Split:
     """Fold ``config.fold`` of a seeded k-fold over units, with validation from the other units.
 
@@ -144,11 +203,16 @@ def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Sp
     of every larger one; validation and test stay as they are. With ``config.file`` that split
     is read instead and checked against the store.
 
+    With ``config.stratify`` the folds are those of scikit-learn's ``StratifiedGroupKFold``, and the
+    other units are ordered so that any stretch of them has about the same share of every class.
+    With ``config.match`` subjects without a partner are in no part.
+
     Several stores (``data.stores``) are split one by one, each as it would be on its own: a model
     pretrained on all of them can be tested on the test part of any.
 
     Raises:
-        DataError: fewer units than folds, or none left to train on.
+        DataError: fewer units than folds, none left to train on, a column of participants.tsv that
+            is missing or has gaps, or matching that leaves too few.
     """
     if config.file is not None:
         split = Split.load(Path(config.file))
@@ -157,21 +221,39 @@ def make_split(store: Store, runs: Sequence[RunInfo], config: SplitConfig) -> Sp
     sets: dict[str, list[RunInfo]] = {}
     for run in runs:
         sets.setdefault(run.key.data_set, []).append(run)
-    drawn = [_draw(own, config, name) for name, own in sorted(sets.items())]
+    asked = config.stratify or config.match.target
+    people = people_for(store, "split.stratify and split.match") if asked else None
+    matching: dict[str, Any] = {}
+    if people is not None and config.match.target:
+        for name, own in sorted(sets.items()):
+            found = match(people, [r.subject for r in own], config.match, config.folds)
+            matching[name] = found.as_dict()
+            sets[name] = [r for r in own if r.subject in found.kept]
+    unit = units_of(store, [r.key for own in sets.values() for r in own], config)
+    drawn = [_draw(own, config, name, unit, people) for name, own in sorted(sets.items())]
     train, validation, test = (
         sorted(n for part in parts for n in part) for parts in zip(*drawn, strict=True)
     )
-    split = Split(train, validation, test, config)
+    split = Split(train, validation, test, config, matching)
     split.check(store)
     return split
 
 
-def _draw(runs: Sequence[RunInfo], config: SplitConfig, data_set: str) -> tuple[list[str], ...]:
+def _draw(
+    runs: Sequence[RunInfo],
+    config: SplitConfig,
+    data_set: str,
+    unit_of_key: Callable[[RunKey], str],
+    people: People | None,
+) -> tuple[list[str], ...]:
     """Names of the training, validation and test runs of one store."""
     where = f" of {data_set}" if data_set else ""
     units: dict[str, list[str]] = {}
+    subjects: dict[str, set[str]] = {}
     for run in runs:
-        units.setdefault(unit_of(run.key, config.by), []).append(run.name)
+        unit = unit_of_key(run.key)
+        units.setdefault(unit, []).append(run.name)
+        subjects.setdefault(unit, set()).add(run.subject)
     if len(units) < config.folds:
         raise DataError(
             f"split.folds={config.folds} needs at least as many units, but the {len(runs)} chosen "
@@ -179,10 +261,13 @@ def _draw(runs: Sequence[RunInfo], config: SplitConfig, data_set: str) -> tuple[
         )
     order = np.random.default_rng(config.seed).permutation(len(units))
     names = [sorted(units)[i] for i in order]
-    bounds = [len(names) * f // config.folds for f in range(config.folds + 1)]
-    low, high = bounds[config.fold], bounds[config.fold + 1]
-    test = names[low:high]
-    rest = names[high:] + names[:low]  # so that validation units, too, change with the fold
+    if people is not None and config.stratify:
+        test, rest = _stratified(names, subjects, people, config)
+    else:
+        bounds = [len(names) * f // config.folds for f in range(config.folds + 1)]
+        low, high = bounds[config.fold], bounds[config.fold + 1]
+        test = names[low:high]
+        rest = names[high:] + names[:low]  # so that validation units, too, change with the fold
     held_out = max(1, round(config.validation * len(rest))) if config.validation > 0 else 0
     if held_out >= len(rest):
         raise DataError(
@@ -198,3 +283,62 @@ def _draw(runs: Sequence[RunInfo], config: SplitConfig, data_set: str) -> tuple[
         )
     parts = (train_names[: config.train_units or None], rest[:held_out], test)
     return tuple([n for u in part for n in units[u]] for part in parts)
+
+
+def _stratified(
+    names: Sequence[str], subjects: dict[str, set[str]], people: People, config: SplitConfig
+) -> tuple[list[str], list[str]]:
+    """Test units of ``config.fold``, and the others in an order that mixes the classes evenly."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    every = sorted(set().union(*subjects.values()))
+    cells = []
+    for name in config.stratify:
+        found = people.column(name, every, "split.stratify")
+        cells.append(binned([found[s] for s in every], config.bins))
+    classes = dict(zip(every, map(" · ".join, zip(*cells, strict=True)), strict=True))
+    # One sample for each subject in a unit; a session or run counts as its subject.
+    pairs = [(u, s) for u in sorted(subjects) for s in sorted(subjects[u])]
+    labels = [classes[s] for _, s in pairs]
+    rare = sorted({c for c in labels if labels.count(c) < config.folds})
+    if rare:
+        log.warning(
+            "split.stratify: %d of %d classes have fewer members than the %d folds (%s): not every "
+            "part can have them",
+            len(rare), len(set(labels)), config.folds, "; ".join(rare[:5]),
+        )  # fmt: skip
+    kept = [c if c not in rare else "rare" for c in labels]
+    if kept.count("rare") < config.folds and len(set(kept)) > 1:
+        common = max(sorted(set(kept) - {"rare"}), key=kept.count)
+        kept = [common if c == "rare" else c for c in kept]
+    folds = StratifiedGroupKFold(config.folds, shuffle=True, random_state=config.seed)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            parts = list(folds.split(kept, kept, [u for u, _ in pairs]))
+    except (ValueError, UserWarning) as error:
+        raise DataError(f"split.stratify={list(config.stratify)} cannot be kept: {error}") from None
+    test = {pairs[i][0] for i in parts[config.fold][1]}
+    if not all(len(own) for _, own in parts):
+        raise DataError(
+            f"split.stratify={list(config.stratify)}: the {len(subjects)} {config.by}(s) differ so "
+            f"much in size that one of the {config.folds} folds has none: lower split.folds"
+        )
+    chosen = [u for u in names if u in test]
+    return chosen, _interleaved([u for u in names if u not in test], subjects, classes)
+
+
+def _interleaved(
+    names: Sequence[str], subjects: dict[str, set[str]], classes: dict[str, str]
+) -> list[str]:
+    """``names`` so that every class is spread evenly; their order decides within a class."""
+    own: dict[str, list[str]] = {}
+    for name in names:
+        members: Collection[str] = sorted(classes[s] for s in subjects[name])
+        own.setdefault(max(members, key=list(members).count), []).append(name)
+    place = {
+        name: ((i + 0.5) / len(members), number)
+        for number, (_, members) in enumerate(sorted(own.items()))
+        for i, name in enumerate(members)
+    }
+    return sorted(names, key=lambda name: place[name])
