@@ -191,7 +191,7 @@ def _of(folder: Path) -> list[Result]:
 def baselines(
     recipe: RecipeName, overrides: Overrides = None, *, folder: Out, every_fold: EveryFold = False
 ) -> None:
-    """Chance, voxels, PCA whitening, ROI means and connectivity on a recipe's task and split."""
+    """Chance, confounds, voxels, PCA whitening, ROI means, connectivity: a recipe's baselines."""
     from fmrizoo.pipeline import baselines as run
 
     results = []

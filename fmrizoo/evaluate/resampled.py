@@ -10,7 +10,8 @@ a metric is undefined is NaN here and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -18,9 +19,13 @@ from numpy.typing import NDArray
 
 from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
+from fmrizoo.evaluate.predictions import Prediction
 
 Array = NDArray[np.float64]
 Resampled = Callable[[Array, Array], Array]
+Tables = Sequence[Sequence[Prediction]]
+CELLS = 4_000_000  # draws × units worked on at a time: 32 MB an array
+TIE = 1e-12  # below this two values are equal
 
 
 def resampled(kind: str, metric: str, scores: Array) -> Resampled:
@@ -97,7 +102,7 @@ class _Order:
     def below(self, w: Array) -> Array:
         """``(d, n)``: weight of the units with a lower score, and half of that of equal ones."""
         tied = np.add.reduceat(w[:, self._order], self._starts, axis=1)
-        return cast(Array, (np.cumsum(tied, axis=1) - tied / 2)[:, self._place])
+        return (np.cumsum(tied, axis=1) - tied / 2)[:, self._place]
 
 
 def _auroc(scores: Array) -> Resampled:
@@ -115,7 +120,7 @@ def _auroc(scores: Array) -> Resampled:
             pairs = one.sum(-1) * other.sum(-1)
             found.append(_ratio((one * order.below(other)).sum(-1), pairs))
         # NaN where a class is absent, as for three classes of which one did not occur.
-        return np.mean(found, axis=0)
+        return cast(Array, np.mean(found, axis=0))
 
     return of
 
@@ -181,3 +186,61 @@ def _kappa(predicted: Array) -> Resampled:
         return np.where(varied, 1 - _ratio(observed, expected), np.nan)
 
     return of
+
+
+# --- several tables -----------------------------------------------------------------------------
+
+
+def distinct(tables: Tables) -> dict[str, Prediction]:
+    """One prediction of each unit, by its name.
+
+    Raises:
+        DataError: a unit with two targets.
+    """
+    found: dict[str, Prediction] = {}
+    for p in itertools.chain.from_iterable(tables):
+        if found.setdefault(p.unit, p).target != p.target:
+            raise DataError(f"unit {p.unit!r} has target {found[p.unit].target}, then {p.target}")
+    return found
+
+
+def _arrays(table: Sequence[Prediction]) -> tuple[Array, Array]:
+    return (
+        np.array([[p.target for p in table]], dtype=np.float64),
+        np.array([p.scores for p in table], dtype=np.float64),
+    )
+
+
+def together(
+    tables: Tables,
+    kind: str,
+    metric: str,
+    weights: Sequence[Array],
+    targets: Sequence[Array] | None = None,
+) -> Array:
+    """``(d,)``: mean over tables, by weight; without those whose metric is undefined in a draw.
+
+    Args:
+        tables: None of them empty.
+        kind, metric: As for :func:`resampled`.
+        weights: ``(d, n)`` or ``(1, n)`` of each table's units.
+        targets: Likewise; None: their own.
+    """
+    above: Array | float = 0.0
+    below: Array | float = 0.0
+    for i, (table, w) in enumerate(zip(tables, weights, strict=True)):
+        y, scores = _arrays(table)
+        found = resampled(kind, metric, scores)(y if targets is None else targets[i], w)
+        size = np.where(np.isfinite(found), w.sum(-1), 0.0)
+        above = above + size * np.where(np.isfinite(found), found, 0.0)
+        below = below + size
+    total, n = np.broadcast_arrays(above, below)
+    out = np.full(total.shape, np.nan)
+    return cast(Array, np.divide(total, n, out=out, where=n > 0))
+
+
+def plain(tables: Tables, kind: str, metric: str) -> float | None:
+    """The value as it is; None where no table supports the metric."""
+    kept = [table for table in tables if table]
+    (value,) = together(kept, kind, metric, [np.ones((1, len(table))) for table in kept])
+    return float(value) if np.isfinite(value) else None

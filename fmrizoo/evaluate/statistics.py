@@ -11,24 +11,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
+from fmrizoo.evaluate.permutation import permutation_p as permutation_p
 from fmrizoo.evaluate.predictions import Prediction, answered
-from fmrizoo.evaluate.resampled import resampled
+from fmrizoo.evaluate.resampled import CELLS, TIE, Tables, distinct, plain, together
 
 Array = NDArray[np.float64]
-Tables = Sequence[Sequence[Prediction]]
 MIN_GROUPS = 5  # of subjects (or runs) to be drawn whole
 LEVEL = (0.025, 0.975)
 # Where a difference of means over units is tested; the other metrics have no value of one unit.
 UNITWISE = {"classification": "accuracy", "regression": "mae", "ordinal": "mae"}
-_CELLS = 4_000_000  # draws × units worked on at a time: 32 MB an array
-_TIE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -99,11 +96,11 @@ def interval(
     Raises:
         DataError: no prediction, or a metric that the kind does not have.
     """
-    units = _units(tables)
+    units = distinct(tables)
     if not units:
         raise DataError("there is no prediction to draw an interval from")
     group, names = _grouping(units)
-    value = _plain(tables, kind, metric)
+    value = plain(tables, kind, metric)
     found = Interval(value, None, None, len(units), len(set(names.values())), group)
     if value is None:
         return found
@@ -114,14 +111,6 @@ def interval(
         return found
     low, high = np.quantile(known, LEVEL)
     return Interval(value, float(low), float(high), found.n_units, found.n_groups, group)
-
-
-def _units(tables: Tables) -> dict[str, Prediction]:
-    found: dict[str, Prediction] = {}
-    for p in itertools.chain.from_iterable(tables):
-        if found.setdefault(p.unit, p).target != p.target:
-            raise DataError(f"unit {p.unit!r} has target {found[p.unit].target}, then {p.target}")
-    return found
 
 
 def _grouping(units: dict[str, Prediction]) -> tuple[str, dict[str, int]]:
@@ -144,19 +133,12 @@ def _draws(
 
     def of(tables: Tables) -> Iterator[NDArray[np.int64]]:
         rng = np.random.default_rng(seed)
-        step = max(1, _CELLS // max(groups, *map(len, tables)))
+        step = max(1, CELLS // max(groups, *map(len, tables)))
         for start in range(0, draws, step):
             size = min(step, draws - start)
             yield rng.multinomial(groups, np.full(groups, 1 / groups), size=size)
 
     return of
-
-
-def _arrays(table: Sequence[Prediction]) -> tuple[Array, Array]:
-    return (
-        np.array([[p.target for p in table]], dtype=np.float64),
-        np.array([p.scores for p in table], dtype=np.float64),
-    )
 
 
 def _values(
@@ -166,34 +148,7 @@ def _values(
     weights = [
         counts[:, [names[p.unit] for p in table]].astype(np.float64) for table in tables if table
     ]
-    return _together([t for t in tables if t], kind, metric, weights)
-
-
-def _together(
-    tables: Tables,
-    kind: str,
-    metric: str,
-    weights: Sequence[Array],
-    targets: Sequence[Array] | None = None,
-) -> Array:
-    """Mean over tables, by weight; a table whose metric is undefined has none in that draw."""
-    above: Array | float = 0.0
-    below: Array | float = 0.0
-    for i, (table, w) in enumerate(zip(tables, weights, strict=True)):
-        y, scores = _arrays(table)
-        found = resampled(kind, metric, scores)(y if targets is None else targets[i], w)
-        size = np.where(np.isfinite(found), w.sum(-1), 0.0)
-        above = above + size * np.where(np.isfinite(found), found, 0.0)
-        below = below + size
-    total, n = np.broadcast_arrays(above, below)
-    out = np.full(total.shape, np.nan)
-    return cast(Array, np.divide(total, n, out=out, where=n > 0))
-
-
-def _plain(tables: Tables, kind: str, metric: str) -> float | None:
-    kept = [table for table in tables if table]
-    (value,) = _together(kept, kind, metric, [np.ones((1, len(table))) for table in kept])
-    return float(value) if np.isfinite(value) else None
+    return together([t for t in tables if t], kind, metric, weights)
 
 
 # --- two rows -------------------------------------------------------------------------------------
@@ -218,12 +173,12 @@ def paired(
     Returns:
         None where the rows share fewer than two units, or do not both have the metric.
     """
-    shared = _units(first_tables).keys() & _units(second_tables).keys()
+    shared = distinct(first_tables).keys() & distinct(second_tables).keys()
     if len(shared) < 2:
         return None
     first = [own for t in first_tables if (own := [p for p in t if p.unit in shared])]
     second = [own for t in second_tables if (own := [p for p in t if p.unit in shared])]
-    group, names = _grouping(_units(first))
+    group, names = _grouping(distinct(first))
     groups = len(set(names.values()))
     if metric in ("accuracy", "mae") and metric in metrics.names(kind):
         a, b = _unit_scores(first, kind, metric), _unit_scores(second, kind, metric)
@@ -236,7 +191,7 @@ def paired(
         low, high = np.quantile(means, LEVEL)
         p = sign_flip(total, draws=draws, seed=seed)
         return Paired(float(delta.mean()), float(low), float(high), p, len(delta), groups, group)
-    one, two = _plain(first, kind, metric), _plain(second, kind, metric)
+    one, two = plain(first, kind, metric), plain(second, kind, metric)
     if one is None or two is None:
         return None
     draw = _draws(names, draws, seed)
@@ -251,7 +206,7 @@ def paired(
     if len(gaps) * 2 < draws:
         return None
     low, high = np.quantile(gaps, LEVEL)
-    least = min(int((gaps <= _TIE).sum()), int((gaps >= -_TIE).sum()))
+    least = min(int((gaps <= TIE).sum()), int((gaps >= -TIE).sum()))
     p = min(1.0, 2 * (least + 1) / (len(gaps) + 1))
     return Paired(one - two, float(low), float(high), p, len(shared), groups, group)
 
@@ -276,12 +231,12 @@ def sign_flip(totals: ArrayLike, *, draws: int = 4000, seed: int = 0) -> float:
     """
     x = np.asarray(totals, dtype=np.float64)
     seen = abs(float(x.sum()))
-    slack = _TIE * max(1.0, float(np.abs(x).sum()))
+    slack = TIE * max(1.0, float(np.abs(x).sum()))
     if 2**x.size <= draws:
         bits = np.arange(2**x.size)[:, None] >> np.arange(x.size) & 1
         return float((np.abs((1 - 2 * bits) @ x) >= seen - slack).mean())
     rng, above = np.random.default_rng(seed), 0
-    step = max(1, _CELLS // x.size)
+    step = max(1, CELLS // x.size)
     for start in range(0, draws, step):
         signs = 1 - 2 * rng.integers(0, 2, (min(step, draws - start), x.size), dtype=np.int8)
         above += int((np.abs(signs @ x) >= seen - slack).sum())
@@ -310,93 +265,12 @@ def corrected_t(differences: Sequence[float], n_train: float, n_test: float) -> 
         raise DataError(f"n_train={n_train} and n_test={n_test} must both be above 0")
     mean, variance = float(x.mean()), float(x.var(ddof=1))
     scale = float(np.sqrt((1 / x.size + n_test / n_train) * variance))
-    if scale <= _TIE * max(1.0, abs(mean)):  # all differences are equal
+    if scale <= TIE * max(1.0, abs(mean)):  # all differences are equal
         if mean == 0:
             return CorrectedT(0.0, 0.0, x.size - 1, 1.0)
         return CorrectedT(mean, float(np.copysign(np.inf, mean)), x.size - 1, 0.0)
     t = mean / scale
     return CorrectedT(mean, t, x.size - 1, float(2 * student.sf(abs(t), x.size - 1)))
-
-
-# --- against chance -------------------------------------------------------------------------------
-
-
-def permutation_p(
-    tables: Tables, kind: str, metric: str, *, draws: int = 1000, seed: int = 0
-) -> float | None:
-    """One-sided p that the row is no better than chance: labels permuted, the metric recomputed.
-
-    Labels move between things that are exchangeable if there is no effect: events within their run;
-    whole runs within a subject where a run has one label; whole subjects within a fold where a
-    subject has one label (traits). A unit gets the same label in the tables of all seeds, whose
-    predictions are alike. p = (b + 1) / (m + 1) (Phipson & Smyth 2010, Stat. Appl. Genet. Mol.
-    Biol. 9:39).
-
-    The models are not trained again, so p speaks about these predictions: could labels that have
-    nothing to do with them score as high? ``docs/evaluation.md`` says when to train again.
-
-    Returns:
-        None where the metric is undefined or no label can move.
-    """
-    kept = [table for table in tables if table]
-    if not kept or (seen := _plain(kept, kind, metric)) is None:
-        return None
-    items, blocks = _exchangeable(kept)
-    if all(len({label for _, label in own}) < 2 for own in blocks.values()):
-        return None
-    sign = -1 if metric in metrics.LOWER_IS_BETTER else 1
-    rng, above, tried = np.random.default_rng(seed), 0, 0
-    step = max(1, _CELLS // max(map(len, kept)))
-    for start in range(0, draws, step):
-        size = min(step, draws - start)
-        moved: dict[str, Array] = {}
-        for own in blocks.values():
-            labels = np.array([label for _, label in own], dtype=np.float64)
-            drawn = rng.permuted(np.tile(labels, (size, 1)), axis=1)
-            moved.update((item, drawn[:, i]) for i, (item, _) in enumerate(own))
-        targets = [np.stack([moved[items[p.unit]] for p in t], axis=1) for t in kept]
-        weights = [np.ones((1, len(t))) for t in kept]
-        values = _together(kept, kind, metric, weights, targets)
-        known = np.isfinite(values)
-        tried += int(known.sum())
-        above += int((sign * values[known] >= sign * seen - _TIE * max(1.0, abs(seen))).sum())
-    return (above + 1) / (tried + 1)
-
-
-def _exchangeable(tables: Tables) -> tuple[dict[str, str], dict[str, list[tuple[str, float]]]]:
-    """Unit → the item that carries its label; block → its items with their labels."""
-    units = _units(tables)
-
-    def varies(by: Callable[[Prediction], str]) -> bool:
-        labels: dict[str, float] = {}
-        return any(labels.setdefault(by(p), p.target) != p.target for p in units.values())
-
-    if varies(lambda p: f"{p.subject}\t{p.run}"):
-        items = {u: f"{p.subject}\t{p.run}\t{u}" for u, p in units.items()}
-        within = {u: f"{p.subject}\t{p.run}" for u, p in units.items()}
-    elif varies(lambda p: p.subject):
-        items = {u: f"{p.subject}\t{p.run}" for u, p in units.items()}
-        within = {u: p.subject for u, p in units.items()}
-    else:
-        items = {u: p.subject for u, p in units.items()}
-        within = dict.fromkeys(units, "")
-    folds = _folds(tables, items)
-    blocks: dict[str, dict[str, float]] = {}
-    for u, p in units.items():
-        blocks.setdefault(f"{folds[items[u]]}\t{within[u]}", {})[items[u]] = p.target
-    return items, {name: list(own.items()) for name, own in blocks.items()}
-
-
-def _folds(tables: Tables, items: dict[str, str]) -> dict[str, int]:
-    """Item → its fold. Tables that share items are one: those of other seeds; in repeated k-fold,
-    where every fold of one repetition overlaps some of another, all."""
-    fold: dict[str, int] = {}
-    for number, table in enumerate(tables):
-        own = {items[p.unit] for p in table}
-        met = {fold[item] for item in own if item in fold}
-        fold = {item: number if f in met else f for item, f in fold.items()}
-        fold |= dict.fromkeys(own, number)
-    return fold
 
 
 # --- families of tests, one scale -----------------------------------------------------------------
