@@ -226,12 +226,14 @@ def _resampled(report: TaskReport) -> str:
     what = {"classification": "share correct", "ordinal": "mean absolute error (in levels)"}.get(
         report.task.kind, "mean absolute error"
     )
+    scope = "other people like these, not about other data sets"
+    if gap.group != "subject":
+        scope = "other test units of this kind, not about other people or data sets"
     drawn = "single units" if gap.group == "unit" else f"whole {gap.group}s ({gap.n_groups})"
     return (
         f"Difference in {what} on the {gap.n_units} test units that both predicted, seeds "
         f"averaged; 95 % interval of a bootstrap that draws {drawn}; p: signs "
-        f"flipped over the same, two-sided. It speaks about other test "
-        "units of this kind, not about other people or data sets."
+        f"flipped over the same, two-sided. Both speak about {scope}."
     )
 
 
@@ -295,9 +297,15 @@ def _sure_words(report: TaskReport) -> str:
         for group, n in sorted(drawn)
     )
     name = LABELS[metrics.PRIMARY[report.task.kind]]
+    # A prediction off scale may follow the labels and still be worse than their mean.
+    related = (
+        ""
+        if report.task.kind == "classification"
+        else (" It asks whether predictions follow the labels, not whether they beat guessing.")
+    )
     return (
         f"Below {name}: its 95 % interval, a bootstrap that draws {what}. p: permuted labels "
-        "score at least as high; one-sided, not corrected for the number of rows."
+        f"score at least as high; one-sided, not corrected for the number of rows.{related}"
     )
 
 
