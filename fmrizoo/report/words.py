@@ -14,6 +14,7 @@ from fmrizoo.evaluate.summary import Row, Spread, rows
 from fmrizoo.report.collect import Evidence, Run
 
 CHANCE = "Chance"
+LEVEL = 0.05  # of a pair's corrected p
 LABELS = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -69,11 +70,16 @@ class Pair:
 
     @property
     def answer(self) -> str:
-        """``yes``, ``no`` or ``not clear``: is the first better on these test units?"""
+        """``yes``, ``no`` or ``not clear``: is the first better on these test units?
+
+        Clear is what the interval and, among all pairs of the task, the corrected p say.
+        """
         if self.gap is None:
             return "cannot be said: no paired predictions"
         if not self.gap.clear:
             return "not clear: the interval includes 0"
+        if self.p_holm is not None and self.p_holm > LEVEL:
+            return f"not clear: p is above {LEVEL:g} for so many pairs"
         share = self.first.task.kind == "classification"  # else an error, where less is better
         better = self.gap.mean > 0 if share else self.gap.mean < 0
         return "yes" if better else "no, it is worse"
@@ -213,12 +219,10 @@ def _verdict(
     model, baseline = best(models), best(baselines)
     if model is None or baseline is None:
         return _one_sided(task, model, baseline)
-    pair = Pair(
-        "the best model against the best baseline",
-        model,
-        baseline,
-        _compare(model, baseline, evidence),
-    )
+    gap = _compare(model, baseline, evidence)
+    first = Pair("the best model against the best baseline", model, baseline, gap)
+    pairs = _corrected((first, *_pretraining(models, evidence)))
+    pair = pairs[0]
     a, b = model.primary, baseline.primary
     assert a is not None
     assert b is not None
@@ -243,7 +247,6 @@ def _verdict(
     short = f"{task.target}: {headline} ({number(a.mean)} vs {number(b.mean)})"
     if not ahead:
         short = f"{task.target}: {headline} ({number(b.mean)} vs {number(a.mean)})"
-    pairs = _corrected((pair, *_pretraining(models, evidence)))
     return Verdict(headline + ".", detail, pairs, short)
 
 
