@@ -24,6 +24,7 @@ from fmrizoo.sections import NORMALIZATIONS as NORMALIZATIONS
 from fmrizoo.sections import AffineConfig as AffineConfig
 from fmrizoo.sections import AugmentConfig as AugmentConfig
 from fmrizoo.sections import DataConfig as DataConfig
+from fmrizoo.sections import MatchConfig as MatchConfig
 from fmrizoo.sections import PrepareConfig as PrepareConfig
 from fmrizoo.sections import QcConfig as QcConfig
 from fmrizoo.sections import SplitConfig as SplitConfig

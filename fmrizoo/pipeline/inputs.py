@@ -13,7 +13,7 @@ from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.exclusion import Selection, chosen
 from fmrizoo.data.loader import Loader
 from fmrizoo.data.mixture import open_store
-from fmrizoo.data.splits import Split, make_split, unit_of
+from fmrizoo.data.splits import Split, make_split, units_of
 from fmrizoo.data.staging import stage_share, staged
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
@@ -240,21 +240,25 @@ def check_contract(contract: Any, table: ClipTable, recipe: Recipe, source: Path
 
 def _check_leak(seen: Sequence[str], data: JobData, parts: Sequence[str]) -> None:
     """Refuse an encoder that was trained on units of ``parts``, even without their labels."""
-    by = data.split.config.by
     keys = [RunKey.parse(name) for name in seen]
-    known = {unit_of(key, by) for key in keys}
+    # A subject that is not in this store has no family or site here: it is a unit of its own.
+    met = {key.subject for key in keys}
+    used = {name for names in data.split.parts().values() for name in names}
+    here = [run.key for run in data.store.runs if run.name in used or run.subject in met]
+    unit = units_of(data.store, here, data.split.config)
+    known = {unit(key) for key in keys}
     # Where only one side says its data set, equal labels may or may not be one person.
-    unnamed = {unit_of(key.bare, by): key for key in keys if not key.data_set}
-    named = {unit_of(key.bare, by): key for key in keys if key.data_set}
+    unnamed = {unit(key.bare): key for key in keys if not key.data_set}
+    named = {unit(key.bare): key for key in keys if key.data_set}
     for part in parts:
         for run in data.part(part):
-            if unit_of(run.key, by) in known:
+            if unit(run.key) in known:
                 raise DataError(
                     f"the encoder has seen {run.name} in pretraining, which is in the {part} part "
                     "of this split: pretrain with the same split settings (split.seed, split.folds,"
                     " split.fold), or start from another encoder"
                 )
-            other = (unnamed if run.key.data_set else named).get(unit_of(run.key.bare, by))
+            other = (unnamed if run.key.data_set else named).get(unit(run.key.bare))
             if other is not None:
                 which = other.data_set or run.key.data_set
                 raise DataError(

@@ -45,10 +45,16 @@ _MOVED = re.compile(r"data\.stores\.[^.]+\.path")  # as data.store
 _JUDGING_KEYS = ("train.patience", "train.keep_best")
 _JUDGED_KEYS = frozenset({"train.validate_every"})
 # Sections that decide no training: which others are trained, which stored runs are flagged.
-_ELSEWHERE = ("sweep.", "prepare.qc.")
+_ELSEWHERE = ("sweep.", "prepare.qc.", "split.inner")
 # Absent means the same in folders from before there were such settings.
 _LATER = {
     "split.train_units": 0,
+    "split.column": "",
+    "split.stratify": [],
+    "split.bins": 4,
+    "split.match.target": "",
+    "split.match.on": [],
+    "split.match.caliper": 0.2,
     "parametrization.query_zero_init": False,
     "prepare.desc": "preproc",
     "prepare.time_interpolation": "cubic",
