@@ -43,7 +43,7 @@ bench: install
 	$(BIN)/python benchmarks/swin4d.py
 	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/heads.py --precision fp32 bf16
-	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/io.py
 
 clean:
 	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache

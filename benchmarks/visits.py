@@ -18,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from store import GRID, WINDOW, brain, run_statistics, synthetic, target_affine
 
-from fmrizoo.config import DataConfig, PrepareConfig
+from fmrizoo.config import DataConfig
 from fmrizoo.data import store as store_module
 from fmrizoo.data.clips import ClipTable
-from fmrizoo.data.codec import encode
-from fmrizoo.data.hdf5 import SubjectWriter
 from fmrizoo.data.loader import Loader
-from fmrizoo.data.store import Store, write_index
-from fmrizoo.types import Contract
+from fmrizoo.data.store import Store
+
+from recordings import WINDOW, brain, synthetic, write_store
 
 FRAMES = 50  # four clips of 20 frames at half overlap
 
@@ -35,29 +33,7 @@ FRAMES = 50  # four clips of 20 frames at half overlap
 def write(folder: Path, subjects: int) -> None:
     """The same recording under many names: only its cost matters here."""
     mask, tissue = brain()
-    bold = synthetic(tissue, FRAMES, 0)
-    encoded, summary = encode(bold, "int8", 0.02), run_statistics(bold)
-    contract = Contract("MNI152NLin2009cAsym", "RAS", GRID, (2.0, 2.0, 2.0), 0.8)
-    entries = []
-    for number in range(subjects):
-        subject = f"{number:03d}"
-        meta = {
-            "name": f"sub-{subject}_task-rest",
-            "uuid": f"{number:032x}",
-            "key": {"subject": subject, "session": "", "task": "rest", "acquisition": ""}
-            | {"run": "", "extra": []},
-            "tr": contract.tr,
-            "grid": list(GRID),
-            "affine": target_affine(PrepareConfig()).tolist(),
-            "contract": contract.to_dict(),
-            "events": [],
-            "statistics": summary,
-            "fingerprint": {},
-        }
-        with SubjectWriter(folder / f"sub-{subject}.h5", subject) as writer:
-            writer.add(meta, encoded, mask)
-        entries.append({**writer.entries[0], "file": f"sub-{subject}.h5"})
-    write_index(folder, entries, "benchmark")
+    write_store(folder, itertools.repeat(synthetic(tissue, FRAMES, 0), subjects), mask)
 
 
 def io() -> tuple[int, int]:

@@ -17,7 +17,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fmrizoo.axes import AblateConfig as AblateConfig
 from fmrizoo.errors import RecipeError
 from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, Registry, suggest
 from fmrizoo.sections import CHECKPOINTING as CHECKPOINTING
@@ -25,6 +24,7 @@ from fmrizoo.sections import NORMALIZATIONS as NORMALIZATIONS
 from fmrizoo.sections import AffineConfig as AffineConfig
 from fmrizoo.sections import AugmentConfig as AugmentConfig
 from fmrizoo.sections import DataConfig as DataConfig
+from fmrizoo.sections import MatchConfig as MatchConfig
 from fmrizoo.sections import PrepareConfig as PrepareConfig
 from fmrizoo.sections import QcConfig as QcConfig
 from fmrizoo.sections import SplitConfig as SplitConfig
@@ -33,6 +33,7 @@ from fmrizoo.sections import SweepConfig as SweepConfig
 from fmrizoo.sections import TaskConfig as TaskConfig
 from fmrizoo.sections import TrainConfig as TrainConfig
 from fmrizoo.sections import one_of, require
+from fmrizoo.sections.axes import AblateConfig as AblateConfig
 
 # What OmegaConf and PyYAML raise on content that they cannot take, beside their own errors.
 _UNUSABLE = (
@@ -197,7 +198,10 @@ def _read(path: Path, stack: tuple[Path, ...] = ()) -> DictConfig:
     if not isinstance(defaults, list | ListConfig) or not all(isinstance(d, str) for d in defaults):
         raise RecipeError(f"{path}: 'defaults' must be a list of recipe files")
     bases = [_read(path.parent / f"{name}.yaml", (*stack, path)) for name in defaults]
-    return _merge(*bases, loaded)
+    try:
+        return _merge(*bases, loaded)
+    except _UNUSABLE as error:  # such as a section that is an interpolation of nothing
+        raise RecipeError(f"{path}: {_line(error)}") from None
 
 
 def _merge(*parts: DictConfig) -> DictConfig:
@@ -296,6 +300,8 @@ def compose(source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> Rec
             # data.select={run: 1} says what is selected, not what is added to the selection.
             OmegaConf.update(merged, key, OmegaConf.select(given, key), merge=False)
         OmegaConf.resolve(merged)
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise RecipeError(f"{missing[0]} is ???: give it a value")
     except RecipeError:
         raise
     except _UNUSABLE as error:
@@ -311,6 +317,37 @@ def compose(source: Path | dict[str, Any], overrides: Sequence[str] = ()) -> Rec
         where = getattr(error, "full_key", None) or "recipe"
         raise RecipeError(f"{where}: {_line(error)}") from None
     return recipe
+
+
+def read_values(source: Path | dict[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """A YAML file, a dict, or dotted ``key=value`` strings as plain containers, unchecked.
+
+    Raises:
+        RecipeError: not readable as keys and values.
+    """
+    try:
+        if isinstance(source, Path):
+            found = _read(source)
+        else:
+            found = OmegaConf.create(source) if isinstance(source, dict) else _overrides(source)
+        return cast(dict[str, Any], OmegaConf.to_container(found, resolve=True))
+    except RecipeError:
+        raise
+    except _UNUSABLE as error:
+        raise RecipeError(f"settings that cannot be read: {_line(error)}") from None
+
+
+def typed_section(schema: type, *parts: dict[str, Any]) -> Any:
+    """An instance of a dataclass that is no part of a recipe; later parts win.
+
+    Raises:
+        RecipeError: unknown key, a value of the wrong type, or values that contradict.
+    """
+    try:
+        merged = cast(DictConfig, OmegaConf.merge(*map(OmegaConf.create, parts)))
+    except _UNUSABLE as error:
+        raise RecipeError(f"settings that cannot be merged: {_line(error)}") from None
+    return _typed(schema, merged)
 
 
 def _component(kind: str, values: Any) -> Any:

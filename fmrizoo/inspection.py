@@ -21,13 +21,13 @@ def describe(path: Path, *, verify: bool = False) -> dict[str, Any]:
         DataError: nothing that fmrizoo knows.
         CorruptStoreError, CheckpointError: damaged files.
     """
-    from fmrizoo.data.store import INDEX, Store
+    from fmrizoo.data.store import INDEX, Store, subject_files
 
     if not path.exists():
         raise DataError(f"no file or folder {path}")
     if path.is_file() and path.suffix == ".json":
         return _split(path)
-    if (path / INDEX).is_file():
+    if (path / INDEX).is_file() or subject_files(path):
         store = Store(path)
         found = {"kind": "store", **store.summary()}
         if verify:
@@ -46,7 +46,8 @@ def _split(path: Path) -> dict[str, Any]:
     from fmrizoo.data.splits import Split
 
     split = Split.load(path)
-    return {"kind": "split", "sha": split.sha, **split.parts()}
+    left_out = {"left_out": dict(split.left_out)} if split.left_out else {}
+    return {"kind": "split", "sha": split.sha, **split.parts(), **left_out}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fmrizoo.analysis.memory import MemoryRow
     from fmrizoo.analysis.mup_transfer import Transfer
     from fmrizoo.config import TrainConfig
+    from fmrizoo.evaluate.certainty import Certainty, Tables
     from fmrizoo.evaluate.results import Result
     from fmrizoo.evaluate.summary import Row
     from fmrizoo.mup import Parametrization
@@ -109,34 +110,45 @@ def heads(title: str, rows: Sequence[HeadRow]) -> Group:
     return Group(Text(said, style="dim"), table, *refused)
 
 
-def results(found: Sequence[Result]) -> Group:
-    """A table for each target: one line a row name, over folds and seeds, the best first."""
+def results(found: Sequence[Result], tables: Tables | None = None) -> Group:
+    """A table for each target: one line a row name, over folds and seeds, the best first.
+
+    Args:
+        found: The results.
+        tables: Predictions by row; a row without them has no interval and no p.
+    """
     from itertools import groupby
 
+    from fmrizoo.evaluate.certainty import certainty, key
     from fmrizoo.evaluate.summary import rows
 
-    tables: list[RenderableType] = []
+    shown: list[RenderableType] = []
     for task, own in groupby(rows(found), key=lambda row: row.task):
-        tables.append(_scores(task.target, list(own)))
-    return Group(*tables)
+        sure = [(row, certainty(row, (tables or {}).get(key(row), []))) for row in own]
+        shown.append(_scores(task.target, sure))
+    return Group(*shown)
 
 
-def _scores(target: str, rows: Sequence[Row]) -> Table:
+def _scores(target: str, rows: Sequence[tuple[Row, Certainty | None]]) -> Table:
     from fmrizoo.evaluate.metrics import PRIMARY
 
-    metric = PRIMARY[rows[0].task.kind].replace("_", " ")
+    metric = PRIMARY[rows[0][0].task.kind].replace("_", " ")
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
     table.add_column(target)
-    for name in (f"{metric} ± s.d.", "seeds×folds", "units", "chance"):
+    for name in (f"{metric} ± s.d.", "95 %", "p", "seeds×folds", "units", "chance"):
         table.add_column(name, justify="right")
-    for row in rows:
+    for row, sure in rows:
         if row.primary is None:
             table.add_row(row.name, "not applicable")
             continue
         deviation = "" if row.primary.std is None else f" ± {row.primary.std:.3f}"
+        within = sure.interval if sure else None
+        known = within is not None and within.low is not None and within.high is not None
         table.add_row(
             row.name,
             f"{row.primary.mean:.3f}{deviation}",
+            f"{within.low:.2f}…{within.high:.2f}" if within is not None and known else "",
+            f"{sure.p:.3f}" if sure and sure.p is not None else "",
             f"{row.n_seeds} × {row.n_folds}",
             str(row.n_units),
             "" if row.chance is None else f"{row.chance:.3f}",

@@ -140,7 +140,8 @@ def test_baselines_are_written_and_shown(cli: Run, sample_store: Path) -> None:
     for name in ("Chance", "Voxels + logistic", "PCA whitening + logistic", "ROI means + logistic"):
         assert name in table
     assert "not applicable" in table, "4 frames are too few for connectivity"
-    assert len(list(Path("base").glob("*/results.json"))) == 5
+    assert "95 %" in table and "…" in table
+    assert len(list(Path("base").glob("*/results.json"))) == 7
 
 
 def test_prepare_keeps_what_is_there_and_shows_what_it_skips(cli: Run, tmp_path: Path) -> None:

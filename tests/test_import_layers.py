@@ -17,7 +17,7 @@ LEVELS = {
     3: ("trainer", "evaluate", "analysis", "forecast"),
     2: ("heads", "objectives", "data", "model", "weights", "zoo"),
     1: ("backbones",),
-    0: ("config", "sections", "axes", "registry", "types", "layers", "errors", "files", "mup"),
+    0: ("config", "sections", "registry", "types", "layers", "errors", "files", "mup"),
 }
 LEVEL = {room: level for level, rooms in LEVELS.items() for room in rooms}
 # Rooms of one level, or an arrow down, that must not meet all the same.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from math import inf
@@ -19,6 +20,7 @@ from fmrizoo.analysis.scaling.outcome import analyse
 from fmrizoo.cli import app
 from fmrizoo.cli.shell import INTERRUPTED
 from fmrizoo.errors import DataError, RecipeError
+from fmrizoo.pipeline.inputs import open_data
 from fmrizoo.pipeline.scaling import Planned, plan, write_points
 from fmrizoo.pipeline.sweep import Job, Outcome
 from fmrizoo.zoo import list_recipes, load_recipe
@@ -114,6 +116,38 @@ def test_unique_clips_are_those_of_the_units(store: str) -> None:
     found = {(one.units, one.clips): one.unique for one in planned}
     # A run of 121 frames holds 114 windows of 8 frames.
     assert found == {(0, 64): 64, (0, 256): 256, (1, 64): 64, (1, 256): 114}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["data.windows=random"],
+        ["data.balance=subject"],
+        ["data.windows=random", "data.clips_per_visit=4"],
+        ["data.augment.time_shift=3", "data.clip_stride=1.0"],
+        ["data.divide=2"],
+        ["data.windows=random", "data.divide=2"],
+    ],
+)
+def test_unique_clips_are_those_that_a_training_reads(store: str, changes: list[str]) -> None:
+    from fmrizoo.data.clips import ClipTable
+    from fmrizoo.data.loader import Loader
+
+    given = [store, "sweep.widths=[16]", "sweep.samples=[32,160,288]", "sweep.seeds=2", *changes]
+    _, planned = plan(RECIPE, given)
+    for one in planned:
+        recipe = one.job.recipe
+        data = open_data(recipe)
+        table = ClipTable.windows(data.store, data.part("train"), recipe.data)
+        batch = recipe.train.batch_size
+        loader = Loader(table, recipe.data, batch, seed=one.seed, lanes=batch)
+        read = set()
+        for batches in itertools.islice(loader.batches(), recipe.train.steps):
+            read |= {(s.facts.run, s.facts.start) for s in batches.samples}
+        assert one.unique == len(read)
+    if "data.windows=random" in changes:
+        # 288 draws among the 912 starts of 8 runs: some twice, none of them counted twice.
+        assert all(p.unique < p.clips for p in planned if p.clips == 288)
 
 
 def test_parameters_and_flops_by_hand(store: str) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.types import Batch, Contract, Features, Grid, RunKey, TaskSpec, Tokens, Voxels
+from fmrizoo.types.batch import fresh
 
 CONTRACT = Contract(
     "native", "RAS", (40, 20, 1), (3.1, 3.75, 3.75), 2.5, "voxel", "run", "0", "0.1.0"
@@ -62,6 +63,32 @@ def test_voxels_hold_the_brain_and_come_back_dense() -> None:
     expected = torch.where(batch.mask[:, None, ..., None], batch.bold, background)
     assert torch.equal(voxels.dense(), expected)
     assert torch.equal(voxels.to("cpu", torch.float64).dense(), expected.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dense_clips_are_those_of_index_copy(dtype: torch.dtype) -> None:
+    batch = two_brains()
+    batch.mask[1, 0] = False
+    voxels = voxels_of(batch).to("cpu", dtype)
+    assert voxels.counts[0] != voxels.counts[1]
+    # Values that are trained take index_copy_, all others NumPy.
+    trained = replace(voxels, values=voxels.values.clone().requires_grad_())
+    with torch.no_grad():
+        dense, reference = voxels.dense(), trained.dense()
+    assert dense.dtype == dtype and dense.stride() == reference.stride()
+    assert torch.equal(dense, reference)
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nobody_looks() -> None:
+    size = 4 << 20
+    first = fresh((4, size), torch.int8, "cpu").fill_(1)
+    place, row = first.data_ptr(), first[2].numpy()
+    del first
+    second = fresh((4, size), torch.int8, "cpu").fill_(2)
+    assert second.data_ptr() != place and (row == 1).all()  # a row is still in somebody's hands
+    del row
+    third = fresh((2, 2 * size), torch.int8, "cpu")
+    assert third.data_ptr() == place
 
 
 def test_a_compact_batch_becomes_dense_only_when_it_is_read() -> None:

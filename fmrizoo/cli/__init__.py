@@ -5,7 +5,7 @@ from fmrizoo.cli import data, store, training, models, zoo  # isort: skip
 from fmrizoo.cli import mup, mup_check, mup_transfer  # isort: skip
 from fmrizoo.cli import scaling, scaling_sweep  # isort: skip
 from fmrizoo.cli import ablate  # isort: skip
-from fmrizoo.cli import plan  # isort: skip
+from fmrizoo.cli import plan, synth  # isort: skip
 from fmrizoo.cli.shell import app, main
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "scaling",
     "scaling_sweep",
     "store",
+    "synth",
     "training",
     "zoo",
 ]

@@ -83,7 +83,7 @@ def data(
     out.print(
         f"{rate:g} clips a second and node, of {clip_frames} frames at random starts, nothing "
         f"cached; fmrizoo reads {clips_per_visit} clips a visit. data.stage copies everything to "
-        "each node; dividing subjects between nodes is not built.",
+        "each node, with data.divide=N one N-th of the subjects.",
         soft_wrap=True,
         style="dim",
     )

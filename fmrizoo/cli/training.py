@@ -27,6 +27,7 @@ from fmrizoo.cli.shell import (
 
 if TYPE_CHECKING:
     from fmrizoo.config import Recipe
+    from fmrizoo.evaluate.certainty import Tables
     from fmrizoo.evaluate.results import Result
     from fmrizoo.trainer.inputs import StepEvent
 
@@ -144,7 +145,7 @@ def finetune(
     """Train a head on a pretrained (or random) encoder, then test once."""
     from fmrizoo.pipeline import finetune as run
 
-    results: list[Result] = []
+    results: list[tuple[Path, Result]] = []
     given = _with_stage(overrides, stage)
     for job in _told_once(_jobs(recipe, given, folder, every_fold, seeds)):
         with progress(f"finetune {job.label}") as update:
@@ -153,7 +154,7 @@ def finetune(
             _stop_if_interrupted(_is_main(), job.folder)
         else:
             results += _of(job.folder)
-    _show(results)
+    _show_found(results)
 
 
 def _is_main() -> bool:
@@ -172,40 +173,52 @@ def evaluate(
     """Score fine-tuned runs on the test part of their split (again)."""
     from fmrizoo.pipeline import evaluate as run
 
-    rows: list[Result] = []
+    rows: list[tuple[Path, Result]] = []
     for folder in runs:
         known = _of(folder)
-        run(folder, name=name or (known[0].name if known else None))
+        run(folder, name=name or (known[0][1].name if known else None))
         rows += _of(folder)
-    _show(rows)
+    _show_found(rows)
 
 
-def _of(folder: Path) -> list[Result]:
-    """The results of a run, one per target."""
+def _of(folder: Path) -> list[tuple[Path, Result]]:
+    """The results of a run with their files, one per target."""
     from fmrizoo.evaluate.results import find_results
 
-    return [result for _, result in find_results([folder])]
+    return find_results([folder])
 
 
 @app.command()
 def baselines(
     recipe: RecipeName, overrides: Overrides = None, *, folder: Out, every_fold: EveryFold = False
 ) -> None:
-    """Chance, voxels, PCA whitening, ROI means and connectivity on a recipe's task and split."""
+    """Chance, confounds, voxels, PCA whitening, ROI means, connectivity: a recipe's baselines."""
+    from fmrizoo.evaluate.certainty import key
     from fmrizoo.pipeline import baselines as run
 
-    results = []
+    results: list[Result] = []
+    tables: Tables = {}
     with progress("baselines") as update:
         asked = _jobs(recipe, overrides, folder, every_fold, seeds=1)
         for number, job in enumerate(asked, start=1):
-            results += [found.result for found in run(job.recipe, job.folder)]
+            for found in run(job.recipe, job.folder):
+                results.append(found.result)
+                tables.setdefault(key(found.result), []).append(found.predictions)
             update(number, len(asked), "")
-    _show(results)
+    _show(results, tables)
 
 
-def _show(results: list[Result]) -> None:
-    """Mean ± s.d. over folds and seeds, one line a row name and target."""
+def _show_found(found: list[tuple[Path, Result]]) -> None:
+    """:func:`_show` with the predictions beside the results."""
+    from fmrizoo.evaluate.certainty import read_tables
+
+    if found and _is_main():
+        _show([result for _, result in found], read_tables(found))
+
+
+def _show(results: list[Result], tables: Tables) -> None:
+    """Mean ± s.d. over folds and seeds with its 95 % interval, one line a row name and target."""
     from fmrizoo import screens
 
     if results:
-        out.print(screens.results(results))
+        out.print(screens.results(results, tables))

@@ -18,6 +18,7 @@ from fmrizoo.data.normalize import voxel_affine
 from fmrizoo.data.reader import RunReader
 from fmrizoo.data.store import Store
 from fmrizoo.types import Batch, Grid, Voxels
+from fmrizoo.types.batch import fresh
 
 
 @dataclass(frozen=True)
@@ -195,10 +196,14 @@ class CompactBatch(Clips[CompactSample]):
 
     def _normalised(self, device: torch.device, dtype: torch.dtype) -> Batch:
         runs = [s.decode.on(device) for s in self.samples]
+        counts = tuple(s.decode.n_vox for s in self.samples)
+        values = fresh((len(self.samples[0].rows), sum(counts)), dtype, device)
+        for sample, out in zip(self.samples, torch.split(values, list(counts), 1), strict=True):
+            _decode(sample, out)
         voxels = Voxels(
-            values=torch.cat([_decode(s, device, dtype) for s in self.samples], 1),
+            values=values,
             index=torch.cat([run.index for run in runs]),
-            counts=tuple(s.decode.n_vox for s in self.samples),
+            counts=counts,
             background=torch.tensor([s.decode.background for s in self.samples], device=device),
             grid=Grid(*self.samples[0].decode.grid, self.samples[0].rows.shape[0]),
         )
@@ -214,17 +219,15 @@ class CompactBatch(Clips[CompactSample]):
         )
 
 
-def _decode(sample: CompactSample, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``(frames, voxels)``: ``a * stored + b`` at the brain voxels."""
-    run = sample.decode.on(device)
-    stored = torch.from_numpy(sample.rows).to(device)[:, : sample.decode.n_vox]
-    out = torch.empty(stored.shape, device=device, dtype=dtype)
+def _decode(sample: CompactSample, out: Tensor) -> None:
+    """``out (frames, voxels)``: ``a * stored + b`` at the brain voxels."""
+    run = sample.decode.on(out.device)
+    stored = torch.from_numpy(sample.rows).to(out.device)[:, : sample.decode.n_vox]
     # One frame at a time stays in a CPU's cache; other devices take all at once.
-    step = 1 if device.type == "cpu" else max(len(stored), 1)
+    step = 1 if out.device.type == "cpu" else max(len(stored), 1)
     for t in range(0, len(stored), step):
         # float32 whatever the dtype asked for: z-scores are small differences of large means.
         out[t : t + step] = torch.addcmul(run.b, stored[t : t + step].to(torch.float32), run.a)
-    return out
 
 
 def collate(samples: Sequence[CompactSample]) -> CompactBatch:

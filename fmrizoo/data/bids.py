@@ -54,8 +54,8 @@ class RunFile:
         events: events.tsv, if there is one.
         confounds: fMRIPrep's confounds table, if there is one.
         motion: HCP's Movement_Regressors.txt, if there is one.
-        layout: ``nifti``, or ``swift`` or ``hdf5`` (:mod:`fmrizoo.data.legacy`; ``path`` may then
-            be a folder).
+        layout: ``nifti``; ``swift`` or ``hdf5`` (:mod:`fmrizoo.data.legacy`; ``path`` may then be
+            a folder); ``synth`` (``path`` is the cohort's synth.json, from which runs are made).
     """
 
     key: RunKey
@@ -108,9 +108,9 @@ def find_runs(source: Path, config: PrepareConfig, layout: str = "auto") -> list
 
     Args:
         source: A BIDS raw folder, an fMRIPrep derivatives folder, subjects as the HCP lays them out
-            (:mod:`fmrizoo.data.hcp`), or a ``.tsv`` with the columns
-            ``path`` and ``subject`` and any of session, task, acquisition, run, tr, mask, events,
-            confounds (paths relative to the TSV).
+            (:mod:`fmrizoo.data.hcp`), the synth.json of a synthetic cohort, or a ``.tsv`` with the
+            columns ``path`` and ``subject`` and any of session, task, acquisition, run, tr, mask,
+            events, confounds (paths relative to the TSV).
 
         layout: One of ``LAYOUTS``; ``auto`` looks what is there.
 
@@ -129,7 +129,7 @@ def find_runs(source: Path, config: PrepareConfig, layout: str = "auto") -> list
         )
     chosen.sort(key=lambda run: str(run.key))
     for one, other in itertools.pairwise(chosen):
-        if one.key == other.key:
+        if str(one.key) == str(other.key):  # an entity without a value is none
             raise DataError(
                 f"{one.path} and {other.path} are both run {one.key}: keep one of them out with "
                 f"prepare.select"
@@ -142,12 +142,16 @@ def find_runs(source: Path, config: PrepareConfig, layout: str = "auto") -> list
 def _all_runs(source: Path, config: PrepareConfig, layout: str) -> list[RunFile]:
     from fmrizoo.data.hcp import find_hcp_runs, is_hcp
     from fmrizoo.data.legacy import find_legacy_runs, legacy_layout
+    from fmrizoo.data.synthetic.source import find_synthetic
+    from fmrizoo.data.synthetic.truth import SYNTH
 
     if layout not in LAYOUTS:
         raise DataError(f"layout {layout!r} is not known.{suggest(layout, list(LAYOUTS))}")
     if source.is_file():
         if layout != "auto":
             raise DataError(f"{source} is a file: layout {layout} is one of folders")
+        if source.name == SYNTH:
+            return find_synthetic(source, config)
         return _from_table(source)
     if layout == "auto":
         layout = "bids" if any(source.glob("sub-*/**/*_bold.nii*")) else ""

@@ -22,6 +22,7 @@ from fmrizoo.data.batch import ClipFacts, CompactSample, RunDecode
 from fmrizoo.data.batch import collate as collate
 from fmrizoo.data.clips import ClipTable, clip_room
 from fmrizoo.data.codec import Array
+from fmrizoo.data.exclusion import chosen, reasons
 from fmrizoo.data.mixture import open_store
 from fmrizoo.data.order import sample_seed, uniform
 from fmrizoo.data.reader import RunReader
@@ -90,7 +91,8 @@ class ClipDataset(Dataset[CompactSample]):
         Args:
             config: As the section ``data`` of a recipe.
             task: As its section ``task``: labelled clips alone, with targets; None: all windows.
-            runs: Names of the runs, such as ``Split.load(file).train``; None: all selected ones.
+            runs: Names of the runs, such as ``Split.load(file).train``; None: all selected.
+                Either way without those that ``config`` leaves out (``exclude``, ``leave_out``).
             tasks: What was fitted on training labels (``tasks`` of the training data set); None:
                 fitted on these.
             seed: Of the samples' seeds.
@@ -100,10 +102,15 @@ class ClipDataset(Dataset[CompactSample]):
             DataError, CorruptStoreError: unusable data.
         """
         store = open_store(config)
-        chosen = store.select(config.select) if runs is None else [store[name] for name in runs]
+        if runs is None:
+            used = chosen(store, config).used
+        else:
+            named = [store[name] for name in runs]
+            left_out = reasons(store, named, config)
+            used = [run for run in named if run.name not in left_out]
         if task is None:
-            return cls(ClipTable.windows(store, chosen, config), config, seed=seed)
-        table = ClipTable.labelled(store, chosen, config, task)
+            return cls(ClipTable.windows(store, used, config), config, seed=seed)
+        table = ClipTable.labelled(store, used, config, task)
         return cls(table, config, fit_tasks(table, task) if tasks is None else tasks, seed)
 
     def __len__(self) -> int:

@@ -23,7 +23,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -38,7 +39,7 @@ _MIXED = 64
 
 
 @dataclass(frozen=True)
-class _Stretch:
+class Stretch:
     """Neighbouring clips of one run in the table."""
 
     first: int
@@ -60,14 +61,19 @@ class _Deck:
     run has beyond a multiple of ``visit`` is dealt one by one at the end of the cycle.
     """
 
-    def __init__(self, stretches: Sequence[_Stretch], seed: int, visit: int) -> None:
-        self._first = [s.first for s in stretches]
-        self._count = [s.count for s in stretches]
+    def __init__(self, first: Sequence[int], count: Sequence[int], seed: int, visit: int) -> None:
+        self._first, self._count = first, count
         self._seed, self._visit = seed, visit
-        self.size = sum(self._count)
-        self._ends = list(accumulate(self._count))
-        self._visits = list(accumulate(c // visit for c in self._count))
-        self._rests = list(accumulate(c % visit for c in self._count))
+        self._ends = list(accumulate(count))
+        self.size = self._ends[-1]
+        if visit > 1:
+            self._visits = list(accumulate(c // visit for c in count))
+            self._rests = list(accumulate(c % visit for c in count))
+
+    @classmethod
+    def of(cls, stretches: Sequence[Stretch], seed: int, visit: int) -> _Deck:
+        """The clips of ``stretches``."""
+        return cls([s.first for s in stretches], [s.count for s in stretches], seed, visit)
 
     def clip(self, draw: int) -> int:
         cycle, i = divmod(draw, self.size)
@@ -95,12 +101,12 @@ class _Deck:
 class _Turns:
     """Subjects take turns in a new random order each round, ``visit`` clips a turn."""
 
-    def __init__(self, stretches: Sequence[_Stretch], seed: int, visit: int) -> None:
-        own: dict[str, list[_Stretch]] = {}
+    def __init__(self, stretches: Sequence[Stretch], seed: int, visit: int) -> None:
+        own: dict[str, list[Stretch]] = {}
         for stretch in stretches:
             own.setdefault(stretch.subject, []).append(stretch)
         self._decks = [
-            _Deck(listed, derived(seed, k), visit) for k, listed in enumerate(own.values())
+            _Deck.of(listed, derived(seed, k), visit) for k, listed in enumerate(own.values())
         ]
         self._seed, self._visit = seed, visit
 
@@ -137,35 +143,61 @@ class Order:
         config: ``balance``, ``stores`` (weights) and ``clips_per_visit``.
         seed: Of the order.
         lanes: Places of a batch (over all ranks); matters with ``clips_per_visit > 1`` only.
-
-    Attributes:
-        shares: What each store gives to an epoch.
+        stretches: Only these clips of the table; None: all.
 
     Raises:
         DataError: a weighted store without a clip in the table, or one whose share is none.
     """
 
-    def __init__(self, table: ClipTable, config: DataConfig, seed: int, lanes: int = 1) -> None:
-        stretches = _stretches(table)
+    def __init__(
+        self,
+        table: ClipTable,
+        config: DataConfig,
+        seed: int,
+        lanes: int = 1,
+        stretches: Sequence[Stretch] | None = None,
+    ) -> None:
+        self._table, self._given = table, stretches
         self._seed, self._visit = seed, config.clips_per_visit
-        weights = {name: s.weight for name, s in config.stores.items() if s.weight is not None}
-        pools = _pools(stretches, weights)
         self._dealers: list[_Dealer] = []
-        for k, own in enumerate(pools.values()):
-            # The only pool keeps the seed itself: the order of runs from before there were pools.
-            of = seed if len(pools) == 1 else derived(seed, k)
-            kind = _Turns if config.balance == "subject" else _Deck
-            self._dealers.append(kind(own, of, self._visit))
-        self._size = len(table)
-        if config.balance == "subject" and len(pools) == 1:
-            turn = self._visit * len({s.subject for s in stretches})
-            self._size = turn * max(1, round(len(table) / turn))
-        quotas = _quotas(self._size, [weights.get(name, 1.0) for name in pools])
-        self.shares = _shares(stretches, pools, quotas, config.balance == "subject")
-        self._ends = list(accumulate(quotas))
-        self._quotas = quotas
+        weights = {name: s.weight for name, s in config.stores.items() if s.weight is not None}
+        if weights or config.balance == "subject":
+            self._share_out(weights, config.balance == "subject")
+        else:
+            # One deck of everything: with tens of thousands of runs, names would cost a second.
+            firsts, counts = _bounds(table)
+            if stretches is not None:
+                firsts, counts = [s.first for s in stretches], [s.count for s in stretches]
+            self._size = sum(counts)
+            self._quotas = [self._size]
+            self._dealers.append(_Deck(firsts, counts, seed, self._visit))
+        self._ends = list(accumulate(self._quotas))
         self.lanes = min(lanes, self._size)
         self.mixed_visits = max(2, -(-_MIXED // (self.lanes * self._visit)))
+
+    def _share_out(self, weights: dict[str, float], turns: bool) -> None:
+        """A dealer for each weighted store, or of all subjects in turn."""
+        stretches = self._stretches()
+        pools = _pools(stretches, weights)
+        for k, own in enumerate(pools.values()):
+            # The only pool keeps the seed itself: the order of runs from before there were pools.
+            of = self._seed if len(pools) == 1 else derived(self._seed, k)
+            self._dealers.append((_Turns if turns else _Deck.of)(own, of, self._visit))
+        self._size = sum(s.count for s in stretches)
+        if turns and len(pools) == 1:
+            turn = self._visit * len({s.subject for s in stretches})
+            self._size = turn * max(1, round(self._size / turn))
+        self._quotas = _quotas(self._size, [weights.get(name, 1.0) for name in pools])
+        self.shares = _shares(stretches, pools, self._quotas, turns)
+
+    @cached_property
+    def shares(self) -> tuple[Share, ...]:
+        """What each store gives to an epoch."""
+        stretches = self._stretches()
+        return _shares(stretches, _pools(stretches, {}), self._quotas, False)
+
+    def _stretches(self) -> Sequence[Stretch]:
+        return stretches_of(self._table) if self._given is None else self._given
 
     def __len__(self) -> int:
         """Positions in one epoch."""
@@ -198,19 +230,22 @@ class Order:
         return start + number * block + permuted(place, size, own, epoch)
 
 
-def _stretches(table: ClipTable) -> list[_Stretch]:
-    bounds = np.flatnonzero(np.diff(table.run)) + 1
-    edges = [0, *bounds.tolist(), len(table)]
+def _bounds(table: ClipTable) -> tuple[list[int], list[int]]:
+    """First clip, and number of clips, of each stretch of neighbouring clips of one run."""
+    first = np.r_[0, np.flatnonzero(table.run[1:] != table.run[:-1]) + 1]
+    return first.tolist(), np.diff(first, append=len(table)).tolist()
+
+
+def stretches_of(table: ClipTable) -> list[Stretch]:
+    """The runs of a table, in its order."""
     found = []
-    for first, last in pairwise(edges):
+    for first, count in zip(*_bounds(table), strict=True):
         key = table.runs[table.run[first]].key
-        found.append(_Stretch(first, last - first, key.subject, key.data_set))
+        found.append(Stretch(first, count, key.subject, key.data_set))
     return found
 
 
-def _pools(
-    stretches: Sequence[_Stretch], weights: dict[str, float]
-) -> dict[str, Sequence[_Stretch]]:
+def _pools(stretches: Sequence[Stretch], weights: dict[str, float]) -> dict[str, Sequence[Stretch]]:
     """What is dealt on its own: each weighted store, or everything together."""
     if not weights:
         return {"": stretches}
@@ -235,8 +270,8 @@ def _quotas(size: int, weights: Sequence[float]) -> list[int]:
 
 
 def _shares(
-    stretches: Sequence[_Stretch],
-    pools: dict[str, Sequence[_Stretch]],
+    stretches: Sequence[Stretch],
+    pools: dict[str, Sequence[Stretch]],
     quotas: Sequence[int],
     turns: bool,
 ) -> tuple[Share, ...]:

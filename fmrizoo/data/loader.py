@@ -26,8 +26,10 @@ from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.codec import Array
 from fmrizoo.data.dataset import ClipDataset as ClipDataset
 from fmrizoo.data.dataset import evaluation_seed
+from fmrizoo.data.divide import DividedOrder
 from fmrizoo.data.draw import Order
 from fmrizoo.data.order import sample_seed
+from fmrizoo.data.store import RunInfo
 from fmrizoo.errors import DataError
 from fmrizoo.types import TaskSpec
 
@@ -81,8 +83,8 @@ class Loader:
         seed: Of the order and of the samples' own seeds.
         shuffle: False: the table's order, again and again.
         tasks: See :class:`ClipDataset`.
-        lanes: Places of a training batch over all ranks, for ``clips_per_visit > 1``; None:
-            ``world · micro_batch``. Constant, it keeps the order for any world size.
+        lanes: Places of a training batch over all ranks, for ``clips_per_visit`` and ``divide``;
+            None: ``world · micro_batch``. Constant, it keeps the order for any world size.
 
     Raises:
         DataError: see :class:`ClipDataset`; ranks or sizes that make no sense.
@@ -115,13 +117,15 @@ class Loader:
         self._buffers = _Buffers(keep=(_AHEAD + 2) * micro_batch)
 
     @cached_property
-    def order(self) -> Order:
+    def order(self) -> Order | DividedOrder:
         """Which clip comes when in training.
 
         Raises:
-            DataError: see :class:`fmrizoo.data.draw.Order`.
+            DataError: see :class:`fmrizoo.data.draw.Order` and
+                :class:`fmrizoo.data.divide.DividedOrder`.
         """
-        order = Order(self.table, self._config, self._seed, self._lanes)
+        kind = DividedOrder if self._divided else Order
+        order = kind(self.table, self._config, self._seed, self._lanes)
         if self._config.clips_per_visit > 1:
             # All visits that this rank's lanes may be in, so that none is opened twice.
             own = -(-order.lanes // self._world)
@@ -141,6 +145,9 @@ class Loader:
         :mod:`fmrizoo.data.draw`), and what comes depends on neither threads nor world size (at a
         constant world·micro).
 
+        With ``data.divide`` a rank takes neighbouring places of the batch of ``lanes`` clips, a
+        micro-batch at a time: which clips make up a batch depends on nothing but its size.
+
         Raises:
             DataError: random windows for clips that belong to events.
             CorruptStoreError: as soon as a clip of the next batch turns out to be damaged.
@@ -153,8 +160,47 @@ class Loader:
         """The clips that :meth:`batches` reads, as (clip, seed) pairs, without reading them."""
         for m in itertools.count(start):
             first = (m * self._world + self._rank) * self.micro_batch
+            if self._divided:
+                step, turn = divmod(m, self._turns)
+                first = step * self._lanes + self._places[turn * self.micro_batch]
             positions = range(first, first + self.micro_batch)
             yield [(self.clip_at(p), sample_seed(self._seed, p)) for p in positions]
+
+    def own_runs(self) -> list[RunInfo]:
+        """The runs that this rank draws from in training: all, or those of its portions.
+
+        With ``data.divide`` a clip now and then, of those left over, is of another run.
+
+        Raises:
+            DataError: see :attr:`order`.
+        """
+        if not self._divided:
+            return list(self.table.runs)
+        order = self.order
+        assert isinstance(order, DividedOrder)
+        numbers = {int(self.table.run[s.first]) for s in order.stretches(self._places)}
+        return [self.table.runs[number] for number in sorted(numbers)]
+
+    @property
+    def _divided(self) -> bool:
+        return self._shuffle and self._config.divide > 1
+
+    @property
+    def _turns(self) -> int:
+        """Micro-batches that a rank reads for one batch."""
+        turns, rest = divmod(self._lanes, self._world * self.micro_batch)
+        if rest or not turns:
+            raise DataError(
+                f"data.divide={self._config.divide} needs whole batches: {self._world} ranks with "
+                f"{self.micro_batch} clips at a time do not fill {self._lanes} places"
+            )
+        return turns
+
+    @property
+    def _places(self) -> range:
+        """This rank's places of a batch with ``data.divide``: neighbours, whatever the turns."""
+        size = self._turns * self.micro_batch
+        return range(self._rank * size, (self._rank + 1) * size)
 
     def epoch(self) -> Iterator[CompactBatch]:
         """This rank's clips once, in the table's order; the last batch may be smaller.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fmrizoo.config import PrepareConfig
 from fmrizoo.data.bids import RunFile
 from fmrizoo.data.codec import Array
-from fmrizoo.data.spatial import Affine, as_image, check_affine, same_lattice
+from fmrizoo.data.spatial import Affine, as_image, check_affine, resample, same_lattice
 from fmrizoo.data.store import read_table, records
 from fmrizoo.errors import DataError
 
@@ -121,11 +121,13 @@ def load_run(run: RunFile, config: PrepareConfig) -> LoadedRun:
     check_affine(image, path)
     tr = repetition_time(image, run, config)
     # Looked for before the large read, so that a missing mask is said at once.
-    mask = None if config.mask == "compute" else _given_mask(image, run, config)
+    made = config.mask in ("compute", "template")
+    mask = None if made else _given_mask(image, run, config)
     bold = read_values(image, path)[..., config.dummy_scans :]
     if mask is None:
         _check_signal(bold, np.ones(bold.shape[:3], bool), path)
-        mask = _computed_mask(bold, image, path)
+        make = _template_mask if config.mask == "template" else _computed_mask
+        mask = make(bold, image, path)
     _check_signal(bold, mask, path)
     return LoadedRun(bold, mask, np.asarray(image.affine, np.float64), tr)
 
@@ -212,7 +214,7 @@ def _given_mask(image: Any, run: RunFile, config: PrepareConfig) -> NDArray[np.b
     if path is None:
         raise DataError(
             f"{run.path} has no brain mask (no *_desc-brain_mask.nii.gz has its entities): "
-            f"set prepare.mask=compute, or prepare.mask to a file"
+            f"set prepare.mask=compute (or template, in MNI space), or prepare.mask to a file"
         )
     mask = open_image(path)
     values: Array = read_values(mask, path)
@@ -235,6 +237,33 @@ def _given_mask(image: Any, run: RunFile, config: PrepareConfig) -> NDArray[np.b
     if not brain.any():
         raise DataError(f"mask {path} has no brain voxel")
     return brain
+
+
+def _template_mask(bold: NDArray[np.float32], image: Any, path: Path) -> NDArray[np.bool_]:
+    """nilearn's MNI152 brain where the run recorded something, in the run's voxels."""
+    from nilearn.datasets import load_mni152_brain_mask
+
+    template = load_mni152_brain_mask(resolution=2)
+    brain = resample(
+        np.asarray(template.dataobj) > 0,
+        np.asarray(template.affine, np.float64),
+        np.asarray(image.affine, np.float64),
+        tuple(image.shape[:3]),
+        nearest=True,
+    )
+    if not brain.any():
+        raise DataError(
+            f"{path}: nothing of the MNI152 brain lies in the image, so it is not in that space: "
+            "set prepare.space, or prepare.mask to a file"
+        )
+    # A field of view may end within the template; NaN stays, to be refused.
+    varies = ~(bold.max(3) == bold.min(3))
+    if not (brain & varies).any():
+        raise DataError(f"{path} never changes inside the MNI152 brain: nothing was recorded there")
+    if share := 1 - (brain & varies).sum() / brain.sum():
+        log.info("%s: %.1f %% of the template's brain have no signal", path, 100 * share)
+    found: NDArray[np.bool_] = brain & varies
+    return found
 
 
 def _computed_mask(bold: NDArray[np.float32], image: Any, path: Path) -> NDArray[np.bool_]:

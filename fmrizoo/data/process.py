@@ -20,6 +20,7 @@ from fmrizoo.data.confounds import load_confounds, regress
 from fmrizoo.data.legacy import UNKNOWN, digest, load_legacy
 from fmrizoo.data.nifti import LoadedRun, load_run, read_events
 from fmrizoo.data.spatial import place, voxel_size
+from fmrizoo.data.synthetic.source import make, synthetic_fingerprint
 from fmrizoo.data.temporal import SAME, resample_time
 from fmrizoo.errors import DataError
 from fmrizoo.files import sha256_of
@@ -58,10 +59,12 @@ def fingerprint(run: RunFile, config: PrepareConfig) -> dict[str, Any]:
     Raises:
         DataError: a file is missing.
     """
+    if run.layout == "synth":
+        return synthetic_fingerprint(run, settings_of(config, run.layout))
     if run.layout != "nifti":
         settings = settings_of(config, run.layout)
         return {"sha256": {"bold": digest(run)}, "tr": run.tr, "settings": settings}
-    mask = {"auto": run.mask, "compute": None}.get(config.mask, Path(config.mask))
+    mask = _mask_file(run, config)
     confounds = run.confounds if config.confounds else None
     parts = {"bold": run.path, "mask": mask, "events": run.events, "confounds": confounds}
     sums = {}
@@ -72,6 +75,12 @@ def fingerprint(run: RunFile, config: PrepareConfig) -> dict[str, Any]:
     return {"sha256": sums, "tr": run.tr, "settings": settings_of(config)}
 
 
+def _mask_file(run: RunFile, config: PrepareConfig) -> Path | None:
+    """The file that the mask is read from; None for those that are made."""
+    made = {"auto": run.mask, "compute": None, "template": None}
+    return made.get(config.mask, Path(config.mask))
+
+
 def process(
     run: RunFile, config: PrepareConfig
 ) -> tuple[dict[str, Any], Encoded, NDArray[np.bool_]]:
@@ -80,6 +89,8 @@ def process(
     Raises:
         DataError: the run cannot be used (one sentence, file named).
     """
+    if run.layout == "synth":
+        return _synthetic(run, config)
     known = run.layout == "nifti"
     if known:
         loaded = load_run(run, config)
@@ -101,31 +112,64 @@ def process(
     bold, tr = _in_time(bold, loaded.tr, run.path, config)
     if not np.isfinite(bold).all():
         raise DataError(f"{run.path}: placing it in the stored grid gave non-finite values")
-    contract = _contract(config if known else None, mask, affine, tr)
-    encoded = encode(bold, config.codec, config.max_error)
     measures = {
-        **qc.signal_measures(bold),
         **qc.motion_measures(run, config.dummy_scans, loaded.bold.shape[3]),
         "inside": inside if known else None,
         "cover": qc.template_cover(mask, config) if known else None,
         "source_axes": qc.axis_codes(loaded.affine) if known else None,
         "source_tr": loaded.tr,
     }
+    contract = _contract(config if known else None, mask, affine, tr)
+    events = read_events(run.events, config.dummy_scans * loaded.tr)
+    encoded, meta = _encoded(run, config, bold, contract, affine, events, measures)
+    return meta, encoded, mask
+
+
+def _synthetic(
+    run: RunFile, config: PrepareConfig
+) -> tuple[dict[str, Any], Encoded, NDArray[np.bool_]]:
+    """:func:`process` of a run that is made now, in the stored grid."""
+    made, body = make(run)
+    tr = run.tr or 0.0
+    measures = {
+        **qc.displacement_measures(made.confounds["framewise_displacement"]),
+        "inside": 1.0,
+        "cover": qc.template_cover(body.mask, config),
+        "source_axes": qc.axis_codes(body.affine),
+        "source_tr": tr,
+    }
+    contract = _contract(config, body.mask, body.affine, tr)
+    encoded, meta = _encoded(run, config, made.bold, contract, body.affine, made.events, measures)
+    return meta, encoded, body.mask
+
+
+def _encoded(
+    run: RunFile,
+    config: PrepareConfig,
+    bold: NDArray[np.float32],
+    contract: Contract,
+    affine: NDArray[np.float64],
+    events: list[dict[str, Any]],
+    measures: qc.Measures,
+) -> tuple[Encoded, dict[str, Any]]:
+    """The frames as they are stored, and the metadata that goes with them."""
+    encoded = encode(bold, config.codec, config.max_error)
     key = asdict(run.key)
+    grid = list(contract.grid)
     meta = {
         "name": str(run.key),
         "uuid": uuid.uuid4().hex,
         "key": {**key, "extra": [list(pair) for pair in run.key.extra]},
-        "tr": tr,
-        "grid": list(mask.shape),
+        "tr": contract.tr,
+        "grid": grid,
         "affine": affine.tolist(),
-        "contract": {**contract.to_dict(), "grid": list(mask.shape)},
-        "events": read_events(run.events, config.dummy_scans * loaded.tr),
+        "contract": {**contract.to_dict(), "grid": grid},
+        "events": events,
         "statistics": statistics(bold),
         "source": run.path.name,
-        "qc": measures,
+        "qc": {**qc.signal_measures(bold), **measures},
     }
-    return meta, encoded, mask
+    return encoded, meta
 
 
 def _contract(

@@ -141,7 +141,11 @@ def motion_measures(run: RunFile, dummy_scans: int, n_frames: int) -> Measures:
         raise DataError(
             f"{path} has {len(fd)} rows for the {n_frames + dummy_scans} volumes of {run.path}"
         )
-    fd = fd[dummy_scans:]
+    return displacement_measures(fd[dummy_scans:])
+
+
+def displacement_measures(fd: NDArray[np.float64]) -> Measures:
+    """``fd_mean`` and ``fd_max`` of framewise displacement ``(frames,)`` in mm."""
     fd = fd[np.isfinite(fd)]  # the first volume has no predecessor
     if not len(fd):
         return {"fd_mean": None, "fd_max": None}
@@ -220,8 +224,12 @@ def measures_of(entry: Mapping[str, Any]) -> Measures:
     }
 
 
-def flags(measures: Measures, limits: QcConfig) -> list[str]:
-    """One phrase for every limit that the run lies beyond, with both numbers and the setting."""
+def flags(measures: Measures, limits: QcConfig, section: str = "prepare.qc") -> list[str]:
+    """One phrase for every limit that the run lies beyond, with both numbers and the setting.
+
+    Args:
+        section: Where ``limits`` are set, for the phrase.
+    """
     found = []
     for limit in LIMITS:
         bound, value = getattr(limits, limit.setting), measures.get(limit.measure)
@@ -230,9 +238,18 @@ def flags(measures: Measures, limits: QcConfig) -> list[str]:
         side = "below" if limit.below else "above"
         found.append(
             f"{limit.words} {limit.scale * value:.3g}{limit.unit} is {side} "
-            f"{limit.scale * bound:.3g} (prepare.qc.{limit.setting})"
+            f"{limit.scale * bound:.3g} ({section}.{limit.setting})"
         )
     return found
+
+
+def unjudged(measures: Measures, limits: QcConfig) -> list[str]:
+    """Settings of the limits that are set but say nothing: the run has no such measure."""
+    return [
+        limit.setting
+        for limit in LIMITS
+        if getattr(limits, limit.setting) and measures.get(limit.measure) is None
+    ]
 
 
 def _severity(measures: Measures, limits: QcConfig) -> float:

@@ -113,7 +113,10 @@ def repair(
 
 
 def _index_bytes(path: Path) -> bytes | None:
-    return (path / INDEX).read_bytes() if (path / INDEX).is_file() else None
+    try:
+        return (path / INDEX).read_bytes() if (path / INDEX).is_file() else None
+    except OSError:  # verify says that it cannot be read
+        return None
 
 
 def _listing(title: str, findings: Sequence[Finding]) -> str:
@@ -169,27 +172,37 @@ def _others(rebuilt: bool, plan: _Plan) -> list[str]:
 
 
 def _rebuilt(report: RepairReport) -> dict[str, Any]:
-    """The content of a damaged index, from the files themselves.
+    """The content of a missing or damaged index, from the files' own checksummed metadata.
+
+    A file of which frames are damaged still says what it holds, and is prepared again like others.
 
     Raises:
-        DataError: a file is damaged too: nothing says any more what it held.
+        DataError: the metadata of a file are damaged too: nothing says any more what it held.
     """
     path = report.store
-    if lost := [f for f in report.findings if f.file != INDEX]:
+    if lost := [f for f in report.findings if f.file != INDEX and f.kind != "frames"]:
         raise DataError(
-            _listing(f"{path / INDEX} is damaged, so these cannot be repaired: run prepare", lost)
+            _listing(
+                f"{path / INDEX} is missing or damaged, and nothing says any more what these files "
+                "held (move them out of the folder, run repair again, and then prepare, which adds "
+                "their subjects anew)",
+                lost,
+            )
         )
     entries: list[Entry] = []
     for file in sorted(path.glob("sub-*.h5")):
         for name in run_names(file):
             reader = RunReader(file, name)
             entries.append({**reader.meta, "meta_crc32": reader.meta_crc32, "file": file.name})
+    holders: dict[str, str] = {}
+    for entry in entries:
+        other = holders.setdefault(entry["name"], entry["file"])
+        if other != entry["file"]:
+            raise DataError(
+                f"{path / INDEX} is missing or damaged, and both {other} and {entry['file']} hold "
+                f"run {entry['name']}: move the one that is not wanted out of the folder"
+            )
     described(path, entries)
-    names = [e["name"] for e in entries]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise DataError(
-            f"{path / INDEX} is damaged, and two files hold run {twice[0]}: remove the older one"
-        )
     if not entries:
         raise DataError(f"{path / INDEX} is damaged and there are no files: run prepare")
     return {"runs": entries}

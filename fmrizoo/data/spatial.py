@@ -111,7 +111,7 @@ def place(
     off_axis = np.abs(step[:3, :3] - np.eye(3)).max() * max(shape)  # at the far end of the grid
     if max(off_axis, np.abs(step[:3, 3] - shift).max()) < _ON_GRID:
         return _window(data, shift.astype(int), shape), target
-    return _resample(data, affine, target, shape, nearest), target
+    return resample(data, affine, target, shape, nearest), target
 
 
 def _window(data: Array, shift: NDArray[np.int64], shape: tuple[int, ...]) -> Array:
@@ -126,9 +126,10 @@ def _window(data: Array, shift: NDArray[np.int64], shape: tuple[int, ...]) -> Ar
     return out
 
 
-def _resample(
+def resample(
     data: Array, affine: Affine, target: Affine, shape: tuple[int, ...], nearest: bool
 ) -> Array:
+    """``data`` on the lattice of ``target`` and ``shape``; 0 outside of what it holds."""
     from nilearn.image import resample_img
     from nilearn.image.resampling import BoundingBoxError
 

@@ -6,7 +6,8 @@ goes on where it was. When the last process is done with it the copy is removed,
 ``data.stage_keep`` asks otherwise; after a kill it stays, and the next run takes it up.
 
 All nodes copy all of the selected runs: the order of clips is the same for any number of nodes, so
-every node may be asked for any clip.
+every node may be asked for any clip. With ``data.divide`` they copy what their ranks draw from, and
+read everything else (validation, test) where it is.
 """
 
 from __future__ import annotations
@@ -48,8 +49,7 @@ def staged(store: Store, runs: Sequence[RunInfo], folder: Path, *, keep: bool = 
         DataError: no such folder, not enough room, somebody else's copy, or a copy that differs
             from its source.
     """
-    if not folder.is_dir():
-        raise DataError(f"data.stage={folder} is no folder: give one on this node, as /dev/shm")
+    _check_folder(folder)
     if isinstance(store, Mixture):
         copies = {}
         for name, part in store.parts.items():
@@ -62,6 +62,32 @@ def staged(store: Store, runs: Sequence[RunInfo], folder: Path, *, keep: bool = 
     for copy in copies.values():
         weakref.finalize(found, copy.release, keep)
     return found
+
+
+def stage_share(store: Store, runs: Sequence[RunInfo], folder: Path, *, keep: bool = False) -> None:
+    """Copy the files of ``runs`` below ``folder``, and let ``store`` read them there from now on.
+
+    All other files are read where they are. Ranks of a node add to one copy. Arguments and errors
+    as of :func:`staged`.
+    """
+    _check_folder(folder)
+    parts = {"": store}
+    if isinstance(store, Mixture):
+        parts = store.parts
+    for name, part in parts.items():
+        files = {
+            store.stored(run) if isinstance(store, Mixture) else run.file
+            for run in runs
+            if part is store or run.key.data_set == name
+        }
+        copy = _Copy(part, files, folder)
+        part.divert(files, copy.path)
+        weakref.finalize(store, copy.release, keep)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DataError(f"data.stage={folder} is no folder: give one on this node, as /dev/shm")
 
 
 class _Copy:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from fmrizoo.data.hdf5 import FORMAT
 from fmrizoo.data.reader import RunReader
 from fmrizoo.errors import CorruptStoreError, DataError
 from fmrizoo.files import canonical, sha256_of, write_atomic
@@ -173,10 +175,14 @@ def read_index_body(path: Path) -> dict[str, Any]:
     """Everything in the index of the store folder ``path``: runs, version, checksums.
 
     Raises:
-        DataError: no index there, or one of another format version.
-        CorruptStoreError: its content is not what was written.
+        DataError: no store there, or one of another format version.
+        CorruptStoreError: its content is not what was written, or only the subjects' files are
+            there.
     """
     file = path / INDEX
+    rebuild = f"`fmrizoo repair {path} SOURCE` rebuilds it from the subjects' files"
+    if not file.is_file() and (count := len(subject_files(path))):
+        raise CorruptStoreError(f"{file} is missing beside {count} subjects' files: {rebuild}")
     if not file.is_file():
         found = "the folder does not exist" if not path.is_dir() else f"it has no {INDEX}"
         raise DataError(f"{path} is not a store ({found}): run `fmrizoo prepare` first")
@@ -185,12 +191,27 @@ def read_index_body(path: Path) -> dict[str, Any]:
         schema, checksum, runs = body["schema"], body["sha256"], body["runs"]
         good = checksum == index_checksum(body) and isinstance(runs, list)
     except (OSError, *_MALFORMED) as error:
-        raise CorruptStoreError(f"{file} is damaged ({_said(error)}): run prepare again") from None
+        raise CorruptStoreError(f"{file} is damaged ({_said(error)}): {rebuild}") from None
     if not good:
-        raise CorruptStoreError(f"{file} does not match its checksum: run prepare again")
+        raise CorruptStoreError(f"{file} does not match its checksum: {rebuild}")
     if schema != SCHEMA:
         raise DataError(f"{file} has format {schema!r}, this version of fmrizoo reads {SCHEMA!r}")
     return cast("dict[str, Any]", body)
+
+
+def subject_files(path: Path) -> list[Path]:
+    """Files in a folder that say they are subjects of a store."""
+    import h5py
+
+    found = []
+    for file in sorted(path.glob("sub-*.h5")):
+        try:
+            with h5py.File(file, "r", locking=False) as opened:
+                if opened.attrs.get("schema") == FORMAT.encode():
+                    found.append(file)
+        except (OSError, RuntimeError, ValueError, KeyError):
+            continue  # no HDF5 file, or a damaged one: it says nothing
+    return found
 
 
 def described(path: Path, entries: Sequence[Mapping[str, Any]]) -> tuple[RunInfo, ...]:
@@ -251,6 +272,7 @@ class Store:
         self._participants_sha256: str | None = body.get("participants_sha256")
         self._by_name = {run.name: run for run in self.runs}
         self._capacity = cache
+        self._elsewhere: dict[str, Path] = {}  # files with a copy, and the folder of that
         self._open: OrderedDict[str, RunReader] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -310,13 +332,18 @@ class Store:
             if reader is not None:
                 self._open.move_to_end(info.name)
                 return reader
-        reader = RunReader(self.path / info.file, info.name, info.uuid, info.meta_crc32)
+        folder = self._elsewhere.get(info.file, self.path)
+        reader = RunReader(folder / info.file, info.name, info.uuid, info.meta_crc32)
         with self._lock:
             reader = self._open.setdefault(info.name, reader)
             self._open.move_to_end(info.name)
             while len(self._open) > self._capacity:
                 self._open.popitem(last=False)
         return reader
+
+    def divert(self, files: Iterable[str], folder: Path) -> None:
+        """Read these files in ``folder``, which holds copies of them (in this process alone)."""
+        self._elsewhere |= dict.fromkeys(files, folder)
 
     def home(self, run: RunInfo) -> Path:
         """The folder that holds ``run``."""
@@ -334,6 +361,7 @@ class Store:
     def summary(self) -> dict[str, Any]:
         """Counts and settings in plain types, for ``fmrizoo inspect``."""
         files = sorted({run.file for run in self.runs})
+        there = [f for f in files if os.path.exists(self.path / f)]
         contracts: dict[bytes, Contract] = {}
         for run in self.runs:
             contracts.setdefault(canonical(run.contract.to_dict()), run.contract)
@@ -344,8 +372,8 @@ class Store:
             "runs": len(self.runs),
             "frames": sum(run.n_frames for run in self.runs),
             "minutes": sum(run.n_frames * run.tr for run in self.runs) / 60,
-            "bytes": sum((self.path / f).stat().st_size for f in files if (self.path / f).exists()),
-            "missing_files": [f for f in files if not (self.path / f).exists()],
+            "bytes": sum((self.path / f).stat().st_size for f in there),
+            "missing_files": [f for f in files if f not in there],
             "stored_as": dict(Counter(run.kind for run in self.runs)),
             "quantisation_error": max((run.quantisation_error for run in self.runs), default=0.0),
             "brain_voxels": sorted({run.n_vox for run in self.runs}),

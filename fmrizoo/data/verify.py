@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -87,8 +88,8 @@ def verify(
 
     Checked are the index with its own checksum, each subject's file against the index (missing,
     unfinished, other metadata, runs that only one of them has), the checksums of all metadata and
-    of every frame, participants.tsv, and data files that the index does not know. With a damaged
-    index the files are checked on their own word.
+    of every frame, participants.tsv, and data files that the index does not know. Without an index,
+    or with a damaged one, the files are checked on their own word.
 
     Args:
         path: Folder of the store.
@@ -137,9 +138,8 @@ def confirmed(path: str | Path, findings: Sequence[Finding]) -> list[Finding]:
     ``participants.tsv`` and files that the index does not know are kept as they are.
     """
     folder = Path(path)
-    if any(f.file == INDEX for f in findings):
-        return list(findings)  # nothing says what the files should hold
-    expected = _by_file(folder, read_index_body(folder))
+    lost = any(f.file == INDEX for f in findings)
+    expected = _by_file(folder, None if lost else read_index_body(folder))
     doubtful = sorted({f.file for f in findings} & expected.keys())
     kept = [f for f in findings if f.file not in doubtful]
     return kept + [
@@ -172,7 +172,7 @@ def _add(result: Verification, one: _File) -> None:
 def _check_file(path: Path, entries: Sequence[Mapping[str, Any]] | None) -> _File:
     """One subject's file against its entries (None: on its own word)."""
     name = path.name
-    if not path.exists():
+    if not os.path.exists(path):  # False also for a name that no file system takes
         said = f"{path} is missing: {len(entries or ())} runs of the index are lost"
         return _File([Finding(name, "", "missing", said)], 0, 0, 0)
     findings: list[Finding] = []

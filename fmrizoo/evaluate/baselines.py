@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fmrizoo.config import DataConfig, TaskConfig
-from fmrizoo.data.splits import Split
+from fmrizoo.data.batch import ClipFacts
+from fmrizoo.data.splits import Split, units_of
 from fmrizoo.data.store import Store
 from fmrizoo.data.targets import check_labels, fit_tasks
+from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
-from fmrizoo.evaluate.clip_features import LabelledClips, Maker, read_clips
-from fmrizoo.evaluate.linear import Fitted, fit
+from fmrizoo.evaluate.clip_features import LabelledClips, Maker, first_of_runs, read_clips
+from fmrizoo.evaluate.confounds import EVENTS, Confounds
+from fmrizoo.evaluate.linear import Fitted, Inner, fit
 from fmrizoo.evaluate.predictions import Prediction, aggregate, evaluate, write_predictions
 from fmrizoo.evaluate.results import Parameters, Result, TaskInfo, write_result
 from fmrizoo.evaluate.rows import PREDICTIONS, target_folders
@@ -31,6 +34,8 @@ TITLES = {
     "components": "PCA whitening",
     "parcels": "ROI means",
     "connectivity": "Connectivity",
+    "tangent": "Tangent connectivity",
+    "confounds": "Confounds only",
 }
 MODELS = {"classification": "logistic", "regression": "ridge", "ordinal": "ridge"}
 NOTES = {
@@ -38,6 +43,7 @@ NOTES = {
     "components": "label-free principal components of all training frames, scaled to unit variance",
     "parcels": "means of cubic parcels of the brain, cut without looking at the data",
     "connectivity": "correlations between parcels",
+    "tangent": "shrunk covariances of parcels in the tangent space of their training mean",
 }
 
 
@@ -56,7 +62,13 @@ class BaselineResult:
 
 
 def run_baselines(
-    store: Store, split: Split, data: DataConfig, task: TaskConfig, *, seed: int = 0
+    store: Store,
+    split: Split,
+    data: DataConfig,
+    task: TaskConfig,
+    *,
+    seed: int = 0,
+    inner: int = 0,
 ) -> list[BaselineResult]:
     """All baselines on one split, target by target, in the schema of fine-tuning results.
 
@@ -67,6 +79,10 @@ def run_baselines(
     - *ROI means*: means of cubic parcels of the brain (at most 100, no labels).
     - *Connectivity*: Fisher z of the parcels' correlations, within the clip for events, over the
       whole run for a subject's traits.
+    - *Tangent connectivity*: shrunk covariances of the same series in their tangent space
+      (:class:`fmrizoo.evaluate.features.Tangent`), at the mean of the training runs.
+    - *Confounds only*: age, sex, site and mean framewise displacement, as far as they are known
+      (:mod:`fmrizoo.evaluate.confounds`); for traits only, and never the target itself.
 
     Each feeds a logistic regression (ridge for values and levels); see
     :func:`fmrizoo.evaluate.linear.fit`, also for the strength of its penalty. Several targets are
@@ -77,8 +93,15 @@ def run_baselines(
     is the usual form for decoding and needs no label. For traits a voxel's mean over the run is
     the signal, so ``data.normalization`` is kept.
 
+    Args:
+        store, split, data, task: As for a model.
+        seed: Of the solvers and the inner folds.
+        inner: 0: the validation part chooses the penalty. k: a k-fold over the split's units within
+            training and validation does (``split.inner``).
+
     Raises:
-        DataError: no training or test clip, or a class that the training runs lack.
+        DataError: no training or test clip, a class that the training runs lack, or fewer units
+            than inner folds.
     """
     started = time.perf_counter()
     if task.source == "events":
@@ -90,37 +113,76 @@ def run_baselines(
     tasks = fit_tasks(parts["train"], task)
     for part in parts.keys() - {"train"}:
         check_labels(parts[part], tasks, part)
+    unit = units_of(store, [store[n].key for p in split.parts().values() for n in p], split.config)
+    known = {unit(store[n].key) for n in (*split.train, *split.validation)}
+    if inner > len(known):
+        raise DataError(
+            f"split.inner={inner} needs at least as many units, but training and validation have "
+            f"{len(known)} {split.config.by}(s): lower split.inner"
+        )
     maker = Maker.fit(store, split.train, data, task, seed=seed)
-    train = maker.make(parts["train"], tasks)
+    train = maker.make(parts["train"], tasks, learn=True)
     validation = maker.make(parts["validation"], tasks) if "validation" in parts else None
-    models = [_fit(spec, k, train, validation, seed) for k, spec in enumerate(tasks)]
+    each = []
+    for k, spec in enumerate(tasks):
+        confounds: Confounds | str = EVENTS
+        if task.source == "participants":
+            runs = [c.run for c in train.target(k).clips]
+            confounds = Confounds.fit(store, runs, spec.name)
+        own = _with(train.target(k), confounds)
+        held_out = _with(validation.target(k), confounds) if validation else None
+        models = _fit(spec, own, held_out, seed, inner, lambda c: unit(store[c.run].key))
+        each.append((spec, confounds, own, held_out, models))
     test = maker.make(parts["test"], tasks)
     seconds = time.perf_counter() - started
     found: list[BaselineResult] = []
-    for k, spec in enumerate(tasks):
-        own, held_out = test.target(k), validation.target(k) if validation else None
+    for k, (spec, confounds, own, held_out, models) in enumerate(each):
+        tested = _with(test.target(k), confounds)
         info = TaskInfo(spec.name, spec.kind, spec.classes, task.level)
-        writer = _Writer(info, split, seed, _chance(spec, train.target(k), own), seconds)
-        found.append(writer.chance(len(own.unit_targets())))
-        found += [writer.fitted(name, m, held_out, own) for name, m in models[k].items()]
-        found += [writer.absent(name, why) for name, why in maker.absent.items()]
+        notes, absent = dict(NOTES), dict(maker.absent)
+        if isinstance(confounds, str):
+            absent["confounds"] = confounds
+        else:
+            notes["confounds"] = f"{confounds.names}; nothing of the brain"
+        guess = _chance(spec, own, tested)
+        writer = _Writer(info, split, seed, guess, seconds, notes)
+        found.append(writer.chance(len(tested.unit_targets())))
+        found += [writer.fitted(name, m, held_out, tested) for name, m in models.items()]
+        found += [writer.absent(name, why) for name, why in absent.items()]
     return found
 
 
+def _with(clips: LabelledClips, confounds: Confounds | str) -> LabelledClips:
+    """The confounds of each run beside the other features; motion differs from run to run."""
+    if isinstance(confounds, str):
+        return clips
+    rows = first_of_runs(clips.clips)
+    runs = [clips.clips[i].run for i in rows.tolist()]
+    return clips.with_feature("confounds", confounds(runs), rows)
+
+
 def _fit(
-    spec: TaskSpec, k: int, train: LabelledClips, validation: LabelledClips | None, seed: int
+    spec: TaskSpec,
+    train: LabelledClips,
+    validation: LabelledClips | None,
+    seed: int,
+    inner: int,
+    unit: Callable[[ClipFacts], str],
 ) -> dict[str, Fitted]:
-    """A model of the ``k``-th target by feature."""
-    own, held_out, models = train.target(k), validation.target(k) if validation else None, {}
-    for name in own.features:
+    """A model of one target by feature."""
+    models = {}
+    parts = [train] if validation is None else [train, validation]
+    for name in train.features:
+        groups = [unit(part.clips[i]) for part in parts for i in part.rows[name].tolist()]
         models[name] = fit(
             spec.kind,
-            own.part(name),
-            held_out.part(name) if held_out else None,
+            train.part(name),
+            validation.part(name) if validation else None,
             # Whitening already set the scale of the components; scaling again would undo it.
             standardize=name != "components",
             levels=len(spec.classes) if spec.kind == "ordinal" else 0,
             seed=seed,
+            inner=Inner(inner, groups) if inner else None,
         )
         log.info("baseline %s of %s: C = %g", name, spec.name, models[name].c)
     return models
@@ -169,6 +231,7 @@ class _Writer:
     seed: int
     guess: metrics.Metrics
     seconds: float
+    notes: Mapping[str, str]
 
     def _result(self, name: str, n: int, values: metrics.Values, note: str) -> Result:
         return Result(
@@ -201,7 +264,7 @@ class _Writer:
     ) -> BaselineResult:
         rows = predict(model, name, test)
         scored = evaluate(rows, self.task.kind)
-        result = self._result(self.name(name), scored.n, scored.values, NOTES[name])
+        result = self._result(self.name(name), scored.n, scored.values, self.notes[name])
         if validation:
             held_out = evaluate(predict(model, name, validation), self.task.kind)
             result = replace(result, validation=held_out.values)

@@ -14,9 +14,12 @@ from fmrizoo.data.batch import ClipFacts
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.loader import ClipDataset
 from fmrizoo.data.store import Store
+from fmrizoo.errors import DataError
 from fmrizoo.evaluate.features import (
+    MAX_TANGENT,
     MIN_FRAMES,
     MIN_PARCELS,
+    Tangent,
     Whitening,
     connectivity,
     fit_whitening,
@@ -63,6 +66,12 @@ class LabelledClips:
             {name: place[rows[kept[name]]] for name, rows in self.rows.items()},
         )
 
+    def with_feature(self, name: str, x: Array, rows: NDArray[np.int64]) -> LabelledClips:
+        """The same with one feature more."""
+        return LabelledClips(
+            self.clips, self.targets, {**self.features, name: x}, {**self.rows, name: rows}
+        )
+
     def part(self, name: str) -> Part:
         """Features and the (only) target for fitting."""
         return Part(self.features[name], self.targets[self.rows[name], 0])
@@ -87,7 +96,9 @@ class Maker:
     whitening: Whitening | None
     whole_run: bool
     store: Store
+    train: tuple[str, ...]
     absent: dict[str, str] = field(default_factory=dict)
+    tangent: Tangent = field(default_factory=Tangent)
 
     @classmethod
     def fit(
@@ -111,10 +122,19 @@ class Maker:
             )
         elif len(weights) < MIN_PARCELS:
             absent["connectivity"] = f"the brain makes only {len(weights)} parcels"
-        return cls(frames, data, weights, whitening, traits, store, absent)
+        if "connectivity" in absent:
+            absent["tangent"] = absent["connectivity"]
+        return cls(frames, data, weights, whitening, traits, store, tuple(train), absent)
 
-    def make(self, table: ClipTable, tasks: Sequence[TaskSpec]) -> LabelledClips:
+    def make(
+        self, table: ClipTable, tasks: Sequence[TaskSpec], *, learn: bool = False
+    ) -> LabelledClips:
         """Read the clips and compute every feature that applies.
+
+        Args:
+            table: One part of the split.
+            tasks: From the training part.
+            learn: This is the training part: fit the tangent space on its series.
 
         Raises:
             DataError: a class that the training runs lack.
@@ -138,25 +158,45 @@ class Maker:
             features["parcels"] = mean @ self.weights.T
             rows = dict.fromkeys(features, every)
         if wanted:
-            first = _first_of_runs(clips)
-            rows["connectivity"] = first if self.whole_run else every
-            features["connectivity"] = (
-                np.concatenate([self._run_connectivity(clips[i].run) for i in first.tolist()])
-                if self.whole_run
-                else connectivity(np.stack(series))
-            )
+            first = first_of_runs(clips)
+            if self.whole_run:
+                series = [self._run_series(clips[i].run) for i in first.tolist()]
+            own = first if self.whole_run else every
+            features["connectivity"] = np.concatenate([connectivity(x[None]) for x in series])
+            rows["connectivity"] = own
+            tangent = self._tangent(series, learn)
+            if tangent is not None:
+                features["tangent"], rows["tangent"] = tangent, own
         return LabelledClips(tuple(clips), targets, features, rows)
 
-    def _run_connectivity(self, run: str) -> Array:
+    def _tangent(self, series: Sequence[Array], learn: bool) -> Array | None:
+        """None where it does not apply, with the reason in ``absent``."""
+        if "tangent" in self.absent:
+            return None
+        try:
+            if learn and self.whole_run:  # all of them, also without a label: as for whitening
+                step = -(-len(self.train) // MAX_TANGENT)
+                self.tangent.fit([self._run_series(run) for run in self.train[::step]])
+            elif learn:
+                self.tangent.fit(series)
+            return self.tangent(series)
+        except ValueError as error:
+            if not learn:
+                raise DataError(f"a clip's covariance has no tangent: {error}") from None
+            self.absent["tangent"] = f"the training covariances have no geometric mean: {error}"
+            return None
+
+    def _run_series(self, run: str) -> Array:
+        """``(p, t)`` of a whole run."""
         n = self.store[run].n_frames
         blocks = [
             self.weights @ self.frames.read(run, start, min(64, n - start)).T
             for start in range(0, n, 64)
         ]
-        return connectivity(np.concatenate(blocks, axis=1)[None])
+        return np.concatenate(blocks, axis=1)
 
 
-def _first_of_runs(clips: Sequence[ClipFacts]) -> NDArray[np.int64]:
+def first_of_runs(clips: Sequence[ClipFacts]) -> NDArray[np.int64]:
     """Index of the first clip of each run."""
     first = np.unique([c.run for c in clips], return_index=True)[1]
     return np.sort(first).astype(np.int64)

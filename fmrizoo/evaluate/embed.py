@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fmrizoo.config import DataConfig
 from fmrizoo.data.batch import ClipFacts
 from fmrizoo.data.clips import ClipTable
+from fmrizoo.data.exclusion import chosen
 from fmrizoo.data.loader import Loader
 from fmrizoo.data.mixture import open_store
 from fmrizoo.data.splits import Split
@@ -155,12 +156,13 @@ class Embedder:
 
         Args:
             store: A prepared store.
-            config: How clips are cut and normalised; ``select`` picks runs where ``runs`` is None.
+            config: How clips are cut and normalised; ``select``, ``exclude`` and
+                ``leave_out`` pick runs where ``runs`` is None.
             runs: Which runs.
             level, batch_size: See :meth:`embed_table`.
         """
-        chosen = store.select(config.select) if runs is None else runs
-        table = ClipTable.windows(store, chosen, config)
+        used = chosen(store, config).used if runs is None else runs
+        table = ClipTable.windows(store, used, config)
         return self.embed_table(table, config, level=level, batch_size=batch_size)
 
     def embed_table(
@@ -308,13 +310,15 @@ def embed(
     changes = {key: value for key, value in changes.items() if value is not None}
     if store is not None:
         changes["stores"] = {}  # a single store takes the place of several
+        if not config.store or Path(store).resolve() != Path(config.store).resolve():
+            changes["leave_out"] = []  # names of another store's runs
     config = replace(config, **changes)
     if not str(config.store) and not config.stores:
         raise RecipeError("the model's recipe names no store: say which one to embed")
     opened = open_store(config)
     where = resolve_device(device, World())
     embedder = Embedder(model, pool=pool, stage=stage, atlas=atlas, device=where)
-    runs = opened.select(config.select)
+    runs = chosen(opened, config).used
     if part is not None:
         runs = _part(model, part, opened, runs)
     found = embedder.embed_store(opened, config, runs, level=level, batch_size=batch_size)

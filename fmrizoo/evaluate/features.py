@@ -5,6 +5,7 @@ Shapes: ``v`` in-brain voxels, ``p`` parcels, ``t`` frames, ``k`` components, ``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from fmrizoo.errors import DataError
 Array = NDArray[np.float64]
 MAX_COMPONENTS = 120
 MAX_PARCELS = 100
+MAX_TANGENT = 500  # training series whose geometric mean is taken
 MIN_FRAMES, MIN_PARCELS = 8, 3  # of a correlation matrix that is worth the name
 
 
@@ -56,6 +58,50 @@ def connectivity(series: NDArray[Any]) -> Array:
     rows, columns = np.triu_indices(series.shape[1], k=1)
     # A perfect correlation has no finite Fisher z.
     return cast(Array, np.arctanh(np.clip(r[:, rows, columns], -0.999, 0.999)))
+
+
+class Tangent:
+    """Connectivity in tangent space (Varoquaux et al. 2010, MICCAI), by nilearn.
+
+    Covariances are shrunk after Ledoit & Wolf (2004) and mapped to the tangent space at their
+    geometric mean over the training series. Correlations live on a curved space; there they can be
+    subtracted and averaged.
+    """
+
+    def __init__(self) -> None:
+        from nilearn.connectome import ConnectivityMeasure
+        from sklearn.covariance import LedoitWolf
+
+        shrunk = LedoitWolf(store_precision=False)
+        # Series are scaled by `_unit`: nilearn's own way to ask for it changes with its version.
+        self._measure: Any = ConnectivityMeasure(
+            cov_estimator=shrunk, kind="tangent", vectorize=True, standardize=False
+        )
+
+    def fit(self, series: Sequence[NDArray[Any]]) -> Tangent:
+        """The geometric mean of ``(p, t)`` series, of at most ``MAX_TANGENT`` at even distances.
+
+        Raises:
+            ValueError: a covariance that cannot be inverted.
+        """
+        step = -(-len(series) // MAX_TANGENT)
+        self._measure.fit([_unit(x) for x in series[::step]])
+        return self
+
+    def __call__(self, series: Sequence[NDArray[Any]]) -> Array:
+        """``(n, p (p + 1) / 2)``.
+
+        Raises:
+            ValueError: a covariance that cannot be inverted.
+        """
+        return np.asarray(self._measure.transform([_unit(x) for x in series]), dtype=np.float64)
+
+
+def _unit(series: NDArray[Any]) -> Array:
+    """``(p, t)`` → ``(t, p)`` with mean 0 and unit variance over time; 0 where nothing varies."""
+    x = series - series.mean(-1, keepdims=True, dtype=np.float64)
+    scale = x.std(-1, keepdims=True)
+    return cast(Array, np.divide(x, scale, out=np.zeros_like(x), where=scale > 1e-12).T)
 
 
 @dataclass(frozen=True)

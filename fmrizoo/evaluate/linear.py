@@ -7,7 +7,8 @@ the finished weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -33,6 +34,19 @@ class Part:
             raise DataError(f"x must be (n, f) and y (n,): {self.x.shape}, {self.y.shape}")
         if not np.all(np.isfinite(self.x)):
             raise DataError("a feature is NaN or infinite")
+
+
+@dataclass(frozen=True)
+class Inner:
+    """An inner k-fold over groups of training and validation rows, to choose the strength.
+
+    Attributes:
+        folds: k.
+        groups: Group of each row, those of the training part first; none is divided.
+    """
+
+    folds: int
+    groups: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,7 @@ def fit(
     standardize: bool = True,
     levels: int = 0,
     seed: int = 0,
+    inner: Inner | None = None,
 ) -> Fitted:
     """Fit on ``train``; choose the strength on ``validation`` (1.0 without it).
 
@@ -83,7 +98,10 @@ def fit(
         standardize: Scale each feature to unit variance over the training rows. False for whitened
             features, whose scale carries meaning: clip means vary most where brain states last.
         levels: Number of levels (ordinal).
-        seed: Of the solver.
+        seed: Of the solver and the inner folds.
+        inner: Choose the strength by this k-fold within training and validation rows (mean loss
+            over rows) instead of on the validation rows alone; the weights are still those of
+            the training rows.
 
     Raises:
         DataError: classification targets other than ``0..k-1`` with all classes present, k ≥ 2.
@@ -93,7 +111,9 @@ def fit(
     if kind == "ordinal":
         if levels < 2:
             raise DataError(f"an ordinal target needs at least two levels, got {levels}")
-        ridge = fit("regression", train, validation, standardize=standardize, seed=seed)
+        ridge = fit(
+            "regression", train, validation, standardize=standardize, seed=seed, inner=inner
+        )
         return _level_scores(ridge, validation or train, levels)
     mean, scale = train.x.mean(0, dtype=np.float64), train.x.std(0, dtype=np.float64)
     if not standardize:
@@ -111,6 +131,10 @@ def fit(
         w, bias = solve(z, train.y, c, seed)
         return Fitted(mean, scale, w if basis is None else basis @ w, bias, c, {})
 
+    if inner is not None:
+        mean_loss = _inner_losses(kind, train, validation, inner, standardize, seed)
+        best = at(min(mean_loss, key=lambda c: (mean_loss[c], c)))
+        return replace(best, tried=mean_loss)
     if validation is None:
         return at(DEFAULT_C)
     candidates = [at(c) for c in STRENGTHS]
@@ -118,6 +142,47 @@ def fit(
     best = candidates[int(np.argmin(losses))]
     tried = dict(zip(STRENGTHS, losses, strict=True))
     return Fitted(best.mean, best.scale, best.weights, best.bias, best.c, tried)
+
+
+def _inner_losses(
+    kind: str,
+    train: Part,
+    validation: Part | None,
+    inner: Inner,
+    standardize: bool,
+    seed: int,
+) -> dict[float, float]:
+    """Strength → mean loss over all rows, each scored by a model that has not seen its group."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    both = [train] if validation is None else [train, validation]
+    x = np.concatenate([part.x for part in both])
+    y = np.concatenate([part.y for part in both])
+    groups = np.asarray(inner.groups)
+    if groups.shape != y.shape:
+        raise DataError(f"{len(groups)} groups for {len(y)} training and validation rows")
+    if len(np.unique(groups)) < inner.folds:
+        raise DataError(
+            f"split.inner={inner.folds} needs at least as many units in training and validation, "
+            f"but there are {len(np.unique(groups))}: lower split.inner"
+        )
+    strata = y.astype(np.int64) if kind == "classification" else np.zeros(len(y), np.int64)
+    lacking = DataError(
+        f"split.inner={inner.folds} leaves an inner fold without a training unit of some class: "
+        "lower split.inner, or set it to 0"
+    )
+    if np.bincount(strata).min() < inner.folds:
+        raise lacking
+    folds = StratifiedGroupKFold(inner.folds, shuffle=True, random_state=seed)
+    total = dict.fromkeys(STRENGTHS, 0.0)
+    for learn, judge in folds.split(x, strata, groups):
+        if kind == "classification" and len(np.unique(y[learn])) < len(np.unique(y)):
+            raise lacking
+        one, other = Part(x[learn], y[learn]), Part(x[judge], y[judge])
+        tried = fit(kind, one, other, standardize=standardize, seed=seed).tried
+        for c, loss in tried.items():
+            total[c] += loss * len(judge) / len(y)
+    return total
 
 
 @dataclass(frozen=True)

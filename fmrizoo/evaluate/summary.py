@@ -1,4 +1,4 @@
-"""From single results to table rows: mean ± s.d. over seeds, and paired differences over units."""
+"""From single results to table rows: mean ± s.d. over seeds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 
 from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
-from fmrizoo.evaluate.predictions import Prediction, answered
 from fmrizoo.evaluate.results import Parameters, Result, TaskInfo
 
 
@@ -143,78 +142,3 @@ def _order(row: Row) -> tuple[str, str, bool, float, str]:
     sign = 1.0 if metrics.PRIMARY[row.task.kind] in metrics.LOWER_IS_BETTER else -1.0
     value = sign * best.mean if best else 0.0
     return (row.task.target, row.task.level, best is None, value, row.name)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Paired difference of two rows: of classes in share correct, else in mean absolute error.
-
-    (Of values in their unit, of levels in levels. A kappa has no share of a single unit.)
-
-    Attributes:
-        mean: First minus second.
-        low, high: 95 % interval of a bootstrap over groups of test units.
-        n_units, n_groups: Units that both predicted, and the groups that were resampled.
-        group: What was resampled: ``subject``, ``run`` or ``unit``.
-    """
-
-    mean: float
-    low: float
-    high: float
-    n_units: int
-    n_groups: int
-    group: str
-
-    @property
-    def clear(self) -> bool:
-        """The interval leaves out 0."""
-        return self.low > 0 or self.high < 0
-
-
-def difference(
-    first: Sequence[Sequence[Prediction]],
-    second: Sequence[Sequence[Prediction]],
-    kind: str,
-    *,
-    draws: int = 4000,
-    seed: int = 0,
-) -> Difference | None:
-    """Compare two rows on the test units that both predicted; None if they share fewer than two.
-
-    Each argument is a list of prediction tables (one per fold and seed). A unit's score is averaged
-    over the tables that hold it. Units of one run share noise, so the bootstrap draws whole
-    subjects where there are at least five, else whole runs where there are five, else units.
-    It speaks about other units of the same kind, not about other seeds.
-    """
-    a, b = _unit_scores(first, kind), _unit_scores(second, kind)
-    shared = [u for u in a if u in b]
-    if len(shared) < 2:
-        return None
-    where = {p.unit: p for table in first for p in table}
-    delta = np.array([a[u] - b[u] for u in shared])
-    choices: dict[str, list[str]] = {
-        "subject": [where[u].subject for u in shared],
-        "run": [where[u].run for u in shared],
-        "unit": shared,
-    }
-    group = next((g for g, labels in choices.items() if len(set(labels)) >= 5), "unit")
-    labels, index = np.unique(choices[group], return_inverse=True)
-    total = np.bincount(index, weights=delta)
-    count = np.bincount(index)
-    picks = np.random.default_rng(seed).integers(0, len(labels), (draws, len(labels)))
-    means = total[picks].sum(1) / count[picks].sum(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Difference(float(delta.mean()), float(low), float(high), len(shared), len(labels), group)
-
-
-def _unit_scores(tables: Sequence[Sequence[Prediction]], kind: str) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for p in (p for table in tables for p in table):
-        if kind == "classification":
-            value = float(answered(p, kind) == int(p.target))
-        elif kind == "ordinal":
-            value = float(abs(answered(p, kind) - int(p.target)))
-        else:
-            value = abs(p.scores[0] - p.target)
-        found.setdefault(p.unit, []).append(value)
-    return {unit: float(np.mean(v)) for unit, v in found.items()}

@@ -127,7 +127,14 @@ def baselines(recipe: Recipe, out: Path) -> list[BaselineResult]:
     from fmrizoo.evaluate.baselines import run_baselines, write_baselines
 
     data = open_data(recipe)
-    found = run_baselines(data.store, data.split, recipe.data, recipe.task, seed=recipe.train.seed)
+    found = run_baselines(
+        data.store,
+        data.split,
+        recipe.data,
+        recipe.task,
+        seed=recipe.train.seed,
+        inner=recipe.split.inner,
+    )
     write_baselines(out, found)
     data.split.save(out / SPLIT)
     return found

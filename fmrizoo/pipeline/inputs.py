@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from fmrizoo.config import ParametrizationConfig, Recipe
 from fmrizoo.data.clips import ClipTable
+from fmrizoo.data.exclusion import Selection, chosen
 from fmrizoo.data.loader import Loader
 from fmrizoo.data.mixture import open_store
-from fmrizoo.data.splits import Split, make_split, unit_of
-from fmrizoo.data.staging import staged
+from fmrizoo.data.splits import Split, make_split, units_of
+from fmrizoo.data.staging import stage_share, staged
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.types import Backbone, Grid, RunKey, TaskSpec
@@ -60,11 +61,11 @@ def open_data(recipe: Recipe) -> JobData:
         DataError, CorruptStoreError: unusable data.
     """
     store = open_store(recipe.data)
-    runs = store.select(recipe.data.select)
-    if recipe.data.stage:
-        store = staged(store, runs, Path(recipe.data.stage), keep=recipe.data.stage_keep)
-        runs = store.select(recipe.data.select)
-    return JobData(store, runs, make_split(store, runs, recipe.split))
+    found = chosen(store, recipe.data)
+    if recipe.data.stage and recipe.data.divide == 1:  # else when it is known who draws what
+        store = staged(store, found.used, Path(recipe.data.stage), keep=recipe.data.stage_keep)
+        found = Selection(store.select(recipe.data.select), found.left_out)
+    return JobData(store, found.used, make_split(store, found.runs, recipe.split, found.left_out))
 
 
 def fit_grid(backbone: Backbone, table: ClipTable) -> None:
@@ -101,6 +102,15 @@ def loader(
         tasks=tuple(tasks),
         lanes=recipe.train.batch_size,
     )
+    if world and recipe.data.divide > 1:
+        own = found.own_runs()
+        subjects = {run.subject for run in own}
+        log.info(
+            "data.divide=%d: rank %d draws from %d of %d runs (%d subjects)",
+            recipe.data.divide, rank, len(own), len(table.runs), len(subjects),
+        )  # fmt: skip
+        if recipe.data.stage:
+            stage_share(table.store, own, Path(recipe.data.stage), keep=recipe.data.stage_keep)
     if world and recipe.data.stores:
         for share in found.order.shares:
             log.info(
@@ -230,21 +240,25 @@ def check_contract(contract: Any, table: ClipTable, recipe: Recipe, source: Path
 
 def _check_leak(seen: Sequence[str], data: JobData, parts: Sequence[str]) -> None:
     """Refuse an encoder that was trained on units of ``parts``, even without their labels."""
-    by = data.split.config.by
     keys = [RunKey.parse(name) for name in seen]
-    known = {unit_of(key, by) for key in keys}
+    # A subject that is not in this store has no family or site here: it is a unit of its own.
+    met = {key.subject for key in keys}
+    used = {name for names in data.split.parts().values() for name in names}
+    here = [run.key for run in data.store.runs if run.name in used or run.subject in met]
+    unit = units_of(data.store, here, data.split.config)
+    known = {unit(key) for key in keys}
     # Where only one side says its data set, equal labels may or may not be one person.
-    unnamed = {unit_of(key.bare, by): key for key in keys if not key.data_set}
-    named = {unit_of(key.bare, by): key for key in keys if key.data_set}
+    unnamed = {unit(key.bare): key for key in keys if not key.data_set}
+    named = {unit(key.bare): key for key in keys if key.data_set}
     for part in parts:
         for run in data.part(part):
-            if unit_of(run.key, by) in known:
+            if unit(run.key) in known:
                 raise DataError(
                     f"the encoder has seen {run.name} in pretraining, which is in the {part} part "
                     "of this split: pretrain with the same split settings (split.seed, split.folds,"
                     " split.fold), or start from another encoder"
                 )
-            other = (unnamed if run.key.data_set else named).get(unit_of(run.key.bare, by))
+            other = (unnamed if run.key.data_set else named).get(unit(run.key.bare))
             if other is not None:
                 which = other.data_set or run.key.data_set
                 raise DataError(

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 
 from fmrizoo.config import Recipe
 from fmrizoo.data.clips import ClipTable
+from fmrizoo.data.loader import Loader
+from fmrizoo.data.order import sample_seed
 from fmrizoo.errors import RecipeError
 from fmrizoo.files import write_atomic
 from fmrizoo.model import PretrainingModel
@@ -44,7 +47,7 @@ class Planned:
         seed: ``train.seed``.
         n: Parameters that train, of encoder and objective.
         clips: Clips seen: steps × batch.
-        unique: Different clips among them. Clips that overlap in time count as different.
+        unique: Different clips among them, see :func:`unique_clips`.
         tokens: Patches of one clip on the encoder's grid, background included.
         flops: Of the whole training, see :func:`training_flops`.
     """
@@ -123,10 +126,12 @@ def _plan_variant(name: str, recipe: Recipe) -> list[Planned]:
     for units in sweep.units:
         drawn = replace(recipe, split=replace(recipe.split, train_units=units))
         table = _table(drawn)
+        seeds = range(recipe.train.seed, recipe.train.seed + sweep.seeds)
+        unique = {seed: unique_clips(table, drawn, steps.keys(), seed) for seed in seeds}
         for width, scaled in widths.items():
             sized = _measure(scaled, table)
             for clips, count in steps.items():
-                for seed in range(recipe.train.seed, recipe.train.seed + sweep.seeds):
+                for seed in seeds:
                     train = replace(scaled.train, steps=count, seed=seed)
                     own = prepared(replace(scaled, split=drawn.split, train=train))
                     parts = [f"width-{width}", f"clips-{clips}", f"units-{units or 'all'}"]
@@ -139,7 +144,7 @@ def _plan_variant(name: str, recipe: Recipe) -> list[Planned]:
                         seed=seed,
                         n=sized.n,
                         clips=clips,
-                        unique=min(clips, len(table)),
+                        unique=unique[seed][clips],
                         tokens=sized.tokens,
                         flops=training_flops(sized.flops, clips),
                     )
@@ -175,6 +180,43 @@ def _table(recipe: Recipe) -> ClipTable:
             f"{recipe.split.validation:g} holds none out: hold some out, or take sweep.loss=train"
         )
     return ClipTable.windows(data.store, data.part("train"), recipe.data)
+
+
+def unique_clips(
+    table: ClipTable, recipe: Recipe, counts: Iterable[int], seed: int
+) -> dict[int, int]:
+    """How many different clips are among the first ``counts`` of a training, by count.
+
+    A clip is a run and a first frame; clips that overlap in time count as different, augmented
+    voxels do not. Where each of the table's windows comes once an epoch, this is the smaller of
+    the count and the table. Where starts are random or shifted, or subjects or stores are drawn in
+    other shares (``data.windows``, ``augment.time_shift``, ``balance``, weights), it is counted
+    from the draw itself: the very positions that a training with this seed reads, index alone.
+
+    Args:
+        table: Training clips.
+        recipe: ``data`` and ``train.batch_size``.
+        counts: Clips seen, whole batches.
+        seed: ``train.seed``.
+    """
+    data, counts = recipe.data, sorted(counts)
+    weighted = any(store.weight is not None for store in data.stores.values())
+    moved = data.windows == "random" or data.augment.time_shift
+    if not (moved or weighted or data.balance != "none"):
+        return {count: min(count, len(table)) for count in counts}
+    loader = Loader(table, data, 1, seed=seed, lanes=recipe.train.batch_size)
+
+    def place(position: int) -> int:
+        clip = loader.clip_at(position)
+        start = loader.dataset.start_of(clip, sample_seed(seed, position))
+        return (int(table.run[clip]) << 32) | start
+
+    seen, found, done = np.empty(0, np.int64), {}, 0
+    for count in counts:
+        new = np.fromiter(map(place, range(done, count)), np.int64, count - done)
+        seen, done = np.union1d(seen, new), count
+        found[count] = len(seen)
+    return found
 
 
 def _measure(recipe: Recipe, table: ClipTable) -> _Model:

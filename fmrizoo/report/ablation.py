@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmrizoo import __version__
-from fmrizoo.axes import CODES, MEANINGS
 from fmrizoo.files import write_atomic
 from fmrizoo.pipeline.ablation.results import ALL, Ablation, Column, Line
 from fmrizoo.report.figures import INK, MUTED, WIDTH, Image, style, svg
 from fmrizoo.report.words import LABELS, number, plus_minus, signed
+from fmrizoo.sections.axes import CODES, MEANINGS
 from fmrizoo.trainer.accounting import count
 
 if TYPE_CHECKING:

@@ -12,6 +12,8 @@ from typing import Any
 
 from fmrizoo import __version__
 from fmrizoo.evaluate import metrics
+from fmrizoo.evaluate.certainty import Certainty
+from fmrizoo.evaluate.statistics import Interval
 from fmrizoo.evaluate.summary import Row
 from fmrizoo.files import write_atomic
 from fmrizoo.report import analysis, figures, forecasts, sections, shown
@@ -19,6 +21,7 @@ from fmrizoo.report.analysis import MemoryFigure
 from fmrizoo.report.collect import Evidence, collect
 from fmrizoo.report.families import families
 from fmrizoo.report.figures import Image
+from fmrizoo.report.radar import radar
 from fmrizoo.report.shown import Shown
 from fmrizoo.report.sidebyside import SideBySide, side_by_side
 from fmrizoo.report.words import (
@@ -28,6 +31,7 @@ from fmrizoo.report.words import (
     TaskReport,
     classes_word,
     number,
+    p_word,
     plus_minus,
     signed,
     task_reports,
@@ -61,6 +65,7 @@ class Cell:
 
     text: str
     best: bool
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Line:
     share: str
     note: str
     chance: bool
+    p: str
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class Page:
     date: str
     version: str
     tasks: tuple[dict[str, Any], ...]
+    radar: Image | None
     pairs: SideBySide | None
     pictures: tuple[Shown, ...]
     forecasts: tuple[Shown, ...]
@@ -142,6 +149,7 @@ def write_report(
         date=datetime.now(UTC).strftime("%-d %B %Y"),
         version=__version__,
         tasks=tuple(_task(t) for t in tasks),
+        radar=radar(tasks, evidence),
         pairs=pairs,
         pictures=filled,
         forecasts=shown.each_first(found, shown.forecast),
@@ -179,7 +187,7 @@ def _task(report: TaskReport) -> dict[str, Any]:
     best = {m: _best_value(scored, m) for m in names}
     groups = [("Fine-tuned models", report.models), ("Baselines", report.baselines)]
     lines = [
-        (label, [_line(r, best, metrics.PRIMARY[report.task.kind]) for r in found])
+        (label, [_line(r, best, report.sure.get((r.kind, r.name))) for r in found])
         for label, found in groups
     ]
     return {
@@ -193,6 +201,7 @@ def _task(report: TaskReport) -> dict[str, Any]:
         "spreads": _spread_words(scored),
         "pairs": [_pair(p) for p in report.verdict.pairs],
         "over": _resampled(report),
+        "sure": _sure_words(report),
     }
 
 
@@ -203,6 +212,8 @@ def _pair(pair: Pair) -> dict[str, str]:
         "names": f"{pair.first.name} − {pair.second.name}",
         "gap": signed(gap.mean) if gap else "–",
         "interval": f"{signed(gap.low)} to {signed(gap.high)}" if gap else "–",
+        "p": p_word(gap.p) if gap else "–",
+        "holm": p_word(pair.p_holm),
         "answer": pair.answer,
     }
 
@@ -215,11 +226,14 @@ def _resampled(report: TaskReport) -> str:
     what = {"classification": "share correct", "ordinal": "mean absolute error (in levels)"}.get(
         report.task.kind, "mean absolute error"
     )
+    scope = "other people like these, not about other data sets"
+    if gap.group != "subject":
+        scope = "other test units of this kind, not about other people or data sets"
     drawn = "single units" if gap.group == "unit" else f"whole {gap.group}s ({gap.n_groups})"
     return (
         f"Difference in {what} on the {gap.n_units} test units that both predicted, seeds "
-        f"averaged; 95 % interval of a bootstrap that draws {drawn}. It speaks about other test "
-        "units of this kind, not about other people or data sets."
+        f"averaged; 95 % interval of a bootstrap that draws {drawn}; p: signs "
+        f"flipped over the same, two-sided. Both speak about {scope}."
     )
 
 
@@ -230,14 +244,16 @@ def _best_value(scored: Sequence[Row], metric: str) -> float | None:
     return min(values) if metric in metrics.LOWER_IS_BETTER else max(values)
 
 
-def _line(row: Row, best: dict[str, float | None], primary: str) -> Line:
+def _line(row: Row, best: dict[str, float | None], sure: Certainty | None) -> Line:
     cells = []
+    primary = metrics.PRIMARY[row.task.kind]
     for m, top in best.items():
         s = row.spreads[m]
         # Two rows that print the same number are both the best, whatever their hidden digits.
         wins = s is not None and top is not None and number(s.mean) == number(top)
         text = plus_minus(s) if row.name != CHANCE or s is None else number(s.mean)
-        cells.append(Cell(text, wins and row.name != CHANCE))
+        note = _interval(sure.interval) if sure and m == primary else ""
+        cells.append(Cell(text, wins and row.name != CHANCE, note))
     tags = []
     if row.init:
         tags.append("pretrained" if row.init == "pretrained" else "random start")
@@ -260,6 +276,36 @@ def _line(row: Row, best: dict[str, float | None], primary: str) -> Line:
         share=_share(row),
         note="; ".join((*row.notes, *gaps)),
         chance=row.name == CHANCE,
+        p=p_word(sure.p) if sure else "–",
+    )
+
+
+def _interval(found: Interval) -> str:
+    if found.low is None or found.high is None:
+        return ""
+    return f"{number(found.low)} to {number(found.high)}"
+
+
+def _sure_words(report: TaskReport) -> str:
+    """What the intervals were drawn over, and what p says."""
+    every = [sure.interval for sure in report.sure.values()]
+    if not every:
+        return "There are no predictions, so neither intervals nor p."
+    drawn = {(i.group, i.n_groups) for i in every}
+    what = " or ".join(
+        f"{n} single units" if group == "unit" else f"whole {group}s ({n})"
+        for group, n in sorted(drawn)
+    )
+    name = LABELS[metrics.PRIMARY[report.task.kind]]
+    # A prediction off scale may follow the labels and still be worse than their mean.
+    related = (
+        ""
+        if report.task.kind == "classification"
+        else (" It asks whether predictions follow the labels, not whether they beat guessing.")
+    )
+    return (
+        f"Below {name}: its 95 % interval, a bootstrap that draws {what}. p: permuted labels "
+        f"score at least as high; one-sided, not corrected for the number of rows.{related}"
     )
 
 

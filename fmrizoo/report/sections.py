@@ -144,9 +144,10 @@ def methods(evidence: Evidence, tasks: Sequence[TaskReport]) -> list[str]:
     if any(t.baselines for t in tasks):
         said.append(
             "Baselines are linear (logistic regression or ridge) on label-free features of the "
-            "same clips. Penalties were chosen by validation loss (C = 1 without validation "
-            "units); features, scaling and weights come from the training runs alone. Their test "
-            "runs were read once, after every fit."
+            "same clips, or on what is known without them. Penalties were chosen by validation "
+            "loss (C = 1 without validation units), or by split.inner; features, scaling and "
+            "weights come from the training runs alone. Their test runs were read once, after "
+            "every fit."
         )
         asked = {key for r in evidence.runs for key in _of_heads(r)}
         if asked:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from fmrizoo.evaluate import metrics
+from fmrizoo.evaluate.certainty import Certainty, certainty
+from fmrizoo.evaluate.predictions import Prediction
 from fmrizoo.evaluate.results import Result, TaskInfo
-from fmrizoo.evaluate.summary import Difference, Row, Spread, difference, rows
+from fmrizoo.evaluate.statistics import UNITWISE, Paired, holm, paired
+from fmrizoo.evaluate.summary import Row, Spread, rows
 from fmrizoo.report.collect import Evidence, Run
 
 CHANCE = "Chance"
+LEVEL = 0.05  # of a pair's corrected p
 LABELS = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -51,20 +55,31 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two rows compared; ``gap`` is None where no unit was predicted by both."""
+    """Two rows compared.
+
+    Attributes:
+        gap: None where no unit was predicted by both.
+        p_holm: Its p, corrected for all pairs of the task by Holm's method.
+    """
 
     question: str
     first: Row
     second: Row
-    gap: Difference | None
+    gap: Paired | None
+    p_holm: float | None = None
 
     @property
     def answer(self) -> str:
-        """``yes``, ``no`` or ``not clear``: is the first better on these test units?"""
+        """``yes``, ``no`` or ``not clear``: is the first better on these test units?
+
+        Clear is what the interval and, among all pairs of the task, the corrected p say.
+        """
         if self.gap is None:
             return "cannot be said: no paired predictions"
         if not self.gap.clear:
             return "not clear: the interval includes 0"
+        if self.p_holm is not None and self.p_holm > LEVEL:
+            return f"not clear: p is above {LEVEL:g} for so many pairs"
         share = self.first.task.kind == "classification"  # else an error, where less is better
         better = self.gap.mean > 0 if share else self.gap.mean < 0
         return "yes" if better else "no, it is worse"
@@ -72,13 +87,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """All rows of one task, best first, and what they say."""
+    """All rows of one task, best first, and what they say.
+
+    Attributes:
+        sure: By kind and name of a row that has predictions.
+    """
 
     task: TaskInfo
     models: tuple[Row, ...]
     baselines: tuple[Row, ...]
     verdict: Verdict
     warnings: tuple[str, ...]
+    sure: dict[tuple[str, str], Certainty] = field(default_factory=dict)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -108,6 +128,11 @@ def plus_minus(s: Spread | None) -> str:
         return "–"
     dagger = "†" if s.over == "folds" else ""
     return number(s.mean) + ("" if s.std is None else f" ± {number(s.std)}{dagger}")
+
+
+def p_word(p: float | None) -> str:
+    """``0.012``, ``< 0.001``; a dash for None."""
+    return "< 0.001" if p is not None and p < 0.0005 else number(p)
 
 
 def signed(value: float) -> str:
@@ -146,20 +171,31 @@ def task_reports(evidence: Evidence) -> list[TaskReport]:
         baselines = tuple(r for r in own if r.kind == "baseline")
         verdict = _verdict(task, models, baselines, evidence)
         warnings = tuple(_warnings(own, evidence))
-        found.append(TaskReport(task, models, baselines, verdict, warnings))
+        sure = {(r.kind, r.name): certainty(r, tables_of(r, evidence)) for r in own}
+        known = {name: value for name, value in sure.items() if value is not None}
+        found.append(TaskReport(task, models, baselines, verdict, warnings, known))
     return found
 
 
-def _best(candidates: Sequence[Row]) -> Row | None:
+def best(candidates: Sequence[Row]) -> Row | None:
+    """The first with a score that is not chance; rows come best first."""
     return next((r for r in candidates if r.primary is not None and r.name != CHANCE), None)
 
 
-def _compare(first: Row, second: Row, evidence: Evidence) -> Difference | None:
-    tables = [
-        [r.predictions for r in evidence.runs if _belongs(r.result, row) and r.predictions]
-        for row in (first, second)
-    ]
-    return difference(tables[0], tables[1], first.task.kind)
+def _compare(first: Row, second: Row, evidence: Evidence) -> Paired | None:
+    kind = first.task.kind
+    return paired(tables_of(first, evidence), tables_of(second, evidence), kind, UNITWISE[kind])
+
+
+def tables_of(row: Row, evidence: Evidence) -> list[Sequence[Prediction]]:
+    """Its predictions, one table for each fold and seed."""
+    return [r.predictions for r in evidence.runs if _belongs(r.result, row) and r.predictions]
+
+
+def _corrected(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
+    """The pairs of one task are one family of tests."""
+    known = iter(holm([pair.gap.p for pair in pairs if pair.gap]))
+    return tuple(replace(pair, p_holm=next(known)) if pair.gap else pair for pair in pairs)
 
 
 def _belongs(result: Result | None, row: Row) -> bool:
@@ -180,15 +216,13 @@ def _score(row: Row) -> str:
 def _verdict(
     task: TaskInfo, models: tuple[Row, ...], baselines: tuple[Row, ...], evidence: Evidence
 ) -> Verdict:
-    model, baseline = _best(models), _best(baselines)
+    model, baseline = best(models), best(baselines)
     if model is None or baseline is None:
         return _one_sided(task, model, baseline)
-    pair = Pair(
-        "the best model against the best baseline",
-        model,
-        baseline,
-        _compare(model, baseline, evidence),
-    )
+    gap = _compare(model, baseline, evidence)
+    first = Pair("the best model against the best baseline", model, baseline, gap)
+    pairs = _corrected((first, *_pretraining(models, evidence)))
+    pair = pairs[0]
     a, b = model.primary, baseline.primary
     assert a is not None
     assert b is not None
@@ -213,7 +247,6 @@ def _verdict(
     short = f"{task.target}: {headline} ({number(a.mean)} vs {number(b.mean)})"
     if not ahead:
         short = f"{task.target}: {headline} ({number(b.mean)} vs {number(a.mean)})"
-    pairs = (pair, *_pretraining(models, evidence))
     return Verdict(headline + ".", detail, pairs, short)
 
 

@@ -45,10 +45,16 @@ _MOVED = re.compile(r"data\.stores\.[^.]+\.path")  # as data.store
 _JUDGING_KEYS = ("train.patience", "train.keep_best")
 _JUDGED_KEYS = frozenset({"train.validate_every"})
 # Sections that decide no training: which others are trained, which stored runs are flagged.
-_ELSEWHERE = ("sweep.", "ablate.", "prepare.qc.")
+_ELSEWHERE = ("sweep.", "ablate.", "prepare.qc.", "split.inner")
 # Absent means the same in folders from before there were such settings.
 _LATER = {
     "split.train_units": 0,
+    "split.column": "",
+    "split.stratify": [],
+    "split.bins": 4,
+    "split.match.target": "",
+    "split.match.on": [],
+    "split.match.caliper": 0.2,
     "parametrization.query_zero_init": False,
     "prepare.desc": "preproc",
     "prepare.time_interpolation": "cubic",
@@ -63,6 +69,9 @@ _LATER = {
     "data.augment.intensity": 0.0,
     "data.augment.noise": 0.0,
     "data.augment.time_shift": 0,
+    "data.divide": 1,
+    "data.exclude": "none",
+    "data.leave_out": [],
 }
 
 
@@ -90,6 +99,7 @@ def deciding_keys(*recipes: Mapping[str, Any]) -> list[dict[str, Any]]:
             if k not in safe
             and not _MOVED.fullmatch(k)
             and not k.startswith(_ELSEWHERE)
+            and not (k.startswith("data.qc.") and keys.get("data.exclude", "none") == "none")
             and v not in (None, {})
             and not (k in _LATER and _LATER[k] == v)
         }

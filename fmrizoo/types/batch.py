@@ -6,14 +6,54 @@ Shape letters: ``b`` samples, ``v`` brain voxels, ``x y z t`` voxels and frames.
 from __future__ import annotations
 
 import math
+import weakref
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fmrizoo.errors import DataError
 from fmrizoo.types.grid import Grid
+
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+# Memory of the last host tensors of this size or more that nobody looks at any longer.
+_LARGE = 4 << 20
+_kept: deque[NDArray[np.uint8]] = deque(maxlen=2)
+
+
+def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Uninitialised memory of a batch; on a CPU used again once the last tensor over it is gone.
+
+    A dense clip of 20 frames is 35 MB: to touch so many new pages costs more than to fill them.
+    Two such pieces are kept at most, in huge pages where the kernel has them (NumPy asks it to).
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < _LARGE:
+        return torch.empty(*shape, dtype=dtype, device=device)
+    # The tensor's storage holds this view, and nothing else does: it goes when the storage goes.
+    memory = _memory(size)
+    view = memory[:]
+    weakref.finalize(view, _kept.append, memory).atexit = False
+    return torch.from_numpy(view).view(dtype).view(*shape)
+
+
+def _memory(size: int) -> NDArray[np.uint8]:
+    for _ in range(len(_kept)):
+        try:
+            memory = _kept.popleft()
+        except IndexError:  # another thread took it
+            break
+        if memory.nbytes == size:
+            return memory
+        _kept.append(memory)
+    return np.empty(size, np.uint8)
 
 
 @dataclass
@@ -64,12 +104,30 @@ class Voxels:
     def dense(self) -> Tensor:
         """``(b, 1, x, y, z, t)`` over memory in the order b, t, x, y, z."""
         space = math.prod(self.grid[:3])
-        out = self.values.new_empty(len(self.counts), self.grid.t, space)
-        out[:] = self.background.to(out.dtype).view(-1, 1, 1)
+        shape = (len(self.counts), self.grid.t, space)
         values = torch.split(self.values, list(self.counts), 1)
-        for clip, frames, index in zip(out, values, self.split(self.index), strict=True):
-            clip.index_copy_(1, index, frames)
+        # NumPy takes neither subclasses (which may only play at computing) nor trained values.
+        if self.values.is_cpu and type(self.values) is Tensor and not self.values.requires_grad:
+            out = fresh(shape, self.values.dtype, "cpu")
+            self._fill(out, values)
+        else:
+            out = self.values.new_empty(shape)
+            out[:] = self.background.to(out.dtype).view(-1, 1, 1)
+            for clip, frames, index in zip(out, values, self.split(self.index), strict=True):
+                clip.index_copy_(1, index, frames)
         return out.view(-1, self.grid.t, *self.grid[:3]).permute(0, 2, 3, 4, 1).unsqueeze(1)
+
+    def _fill(self, out: Tensor, values: Sequence[Tensor]) -> None:
+        """``out (b, t, cells)`` on a CPU: frame by frame, each filled while it is in the cache."""
+        word = _WORDS[out.dtype.itemsize]  # bits are copied, whatever they mean
+        background = self.background.to(out.dtype)
+        indices = self.split(self.index)
+        for clip, frames, index, outside in zip(out, values, indices, background, strict=True):
+            brain = np.zeros(clip.shape[1], bool)
+            brain[index.numpy()] = True
+            for frame, row in zip(clip, frames, strict=True):
+                frame.fill_(outside)
+                frame.view(word).numpy()[brain] = row.view(word).numpy()
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
         """``rows (v, …)`` cut into the samples."""

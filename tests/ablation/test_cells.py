@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fmrizoo.axes import CODES, MEANINGS, values_of
 from fmrizoo.config import AblateConfig
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.pipeline.ablation.cells import Cell, cells_of
 from fmrizoo.pipeline.ablation.chains import Chain, chains_of
 from fmrizoo.pipeline.ablation.matched import TOLERANCE, measure
 from fmrizoo.pipeline.ablation.run import plan
+from fmrizoo.sections.axes import CODES, MEANINGS, values_of
 from fmrizoo.zoo import list_recipes, load_recipe
 
 TASK = "ablate.tasks.objects.recipe=finetune/haxby_slice"
@@ -122,7 +122,7 @@ def test_tokens_are_matched_by_steps() -> None:
 
 
 def test_what_cannot_be_matched_is_refused() -> None:
-    axes = "ablate.axes.size={small: [], large: [backbone.depths=[40,40]]}"
+    axes = "ablate.axes.size={small: [], large: ['backbone.depths=[40,40]']}"
     with pytest.raises(RecipeError, match="ablation cell 'large': no width of swin4d comes within"):
         cells_of(BASE[0], [*BASE[1], axes, "ablate.match=parameters", "ablate.design=grid"])
 
@@ -184,7 +184,7 @@ def test_cells_that_differ_in_fine_tuning_alone_share_their_pretrainings() -> No
         assert [t.cell for t in chain.tunings] == [c.name for c in cells if not c.control]
         assert chain.pretraining is not None
         # The fold is that of its tests, whose runs the pretraining must not see.
-        assert {t.recipe.split for t in chain.tunings} == {chain.pretraining.split}
+        assert all(t.recipe.split == chain.pretraining.split for t in chain.tunings)
         assert {t.recipe.train.seed for t in chain.tunings} == {chain.pretraining.train.seed}
 
 
@@ -232,7 +232,8 @@ def test_clips_that_leave_their_run_are_refused_with_their_cell(sample_store: Pa
 
 
 def test_cells_that_would_be_tested_on_other_units_are_refused(sample_store: Path) -> None:
-    axes = "ablate.axes.tests={all: [], some: ['finetune.data.select={acquisition: 1slice, run: 1|2|3|4}']}"
+    some = "finetune.data.select={acquisition: 1slice, run: 1|2|3|4}"
+    axes = f"ablate.axes.tests={{all: [], some: ['{some}']}}"
     with pytest.raises(RecipeError, match="cells cannot be compared: 'some' would be tested on 32"):
         plan(BASE[0], [*BASE[1], axes, f"data.store={sample_store}", "ablate.design=grid"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import zlib
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmrizoo.data import codec
+from fmrizoo.data import codec, inflate
 from fmrizoo.errors import DataError
 
 
@@ -117,3 +119,30 @@ def test_a_zeroed_or_swapped_frame_has_another_crc() -> None:
     zeros = np.zeros(500, np.uint8)
     seeds = [codec.frame_seed("u", "r", t) for t in range(50)]
     assert len({codec.frame_crc(zeros, s) for s in seeds}) == 50
+
+
+@pytest.mark.parametrize("missing", [(), ("deflate",), ("deflate", "isal", "isal.isal_zlib")])
+def test_inflate_is_the_same_with_every_library(
+    missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("inflate_again", inflate.__file__)
+    assert spec is not None and spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "inflate_again", again)
+    spec.loader.exec_module(again)
+    plain = np.random.default_rng(0).integers(0, 9, 5000, np.uint8).tobytes()
+    packed = zlib.compress(plain, 1)
+    assert bytes(again.inflate(memoryview(packed), len(plain))) == plain
+    broken = bytearray(packed)
+    broken[len(packed) // 2] ^= 4
+    for bad, size in (
+        (packed[:-7], len(plain)),
+        (bytes(broken), len(plain)),
+        (packed, len(plain) - 1),
+        (packed, len(plain) + 1),
+        (b"", len(plain)),
+    ):
+        with pytest.raises(ValueError):
+            again.inflate(bad, size)

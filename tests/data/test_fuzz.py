@@ -34,7 +34,8 @@ from fmrizoo.zoo import load_recipe
 
 pytestmark = pytest.mark.timeout(240)
 
-# The fast profile is drawn from a fixed seed, the big one (slow) anew each time.
+# The fast profile is drawn from a fixed seed, the big one anew each time:
+# `pytest tests/data/test_fuzz.py -m slow -k big`.
 PROFILES = [
     pytest.param(50, id="fast"),
     pytest.param(3000, id="big", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
@@ -255,6 +256,15 @@ def test_names_of_files(examples: int, work: Path) -> None:
     fuzz(read, names, examples)
 
 
+def test_an_entity_without_a_value_is_none(work: Path) -> None:
+    """Both files would be run sub-1; found by test_names_of_files."""
+    (work / "sub-1" / "func").mkdir(parents=True)
+    for name in ("sub-1_bold.nii.gz", "sub-1_-_bold.nii.gz"):
+        (work / "sub-1" / "func" / name).write_bytes(b"")
+    with pytest.raises(FmrizooError, match="are both run sub-1"):
+        find_runs(work, NATIVE)
+
+
 # --- recipes --------------------------------------------------------------------------------------
 
 YAML = [
@@ -302,6 +312,18 @@ def test_a_recipe_of_many_aliases(work: Path) -> None:
         load_recipe(work / "recipe.yaml")
 
 
+@pytest.mark.parametrize("value", ["${nope:1}", "${data.store}", "${", "???"])
+@pytest.mark.parametrize("section", ["backbone", "objective", "data", "train"])
+def test_sections_that_point_nowhere(section: str, value: str, work: Path) -> None:
+    """Found by test_recipe and test_overrides."""
+    (work / "recipe.yaml").write_text(f"{section}: {value}\n")
+    said = "recipe|cannot be merged|give it a value|is missing"
+    with pytest.raises(FmrizooError, match=said):
+        load_recipe(work / "recipe.yaml")
+    with pytest.raises(FmrizooError, match=f"{said}|overrides"):
+        compose({"split": {"folds": 3}}, [f"{section}={value}"])
+
+
 @pytest.mark.parametrize("examples", PROFILES)
 def test_overrides(examples: int) -> None:
     keys = st.sampled_from(
@@ -347,6 +369,18 @@ def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     for key, inner in enumerate(value) if isinstance(value, list) else items:
         found += paths_of(inner, (*path, key))
     return found
+
+
+def test_an_index_that_names_a_file_no_file_system_takes(work: Path, tree: Any) -> None:
+    """Found by test_index."""
+    tree.add()
+    prepare(tree.root, work / "s", NATIVE)
+    body = json.loads((work / "s/index.json").read_bytes())
+    body["runs"][0]["file"] = "a" * 300
+    body["sha256"] = index_checksum(body)
+    (work / "s/index.json").write_bytes(canonical(body))
+    assert [f.kind for f in verify(work / "s").findings] == ["missing", "extra"]
+    assert Store(work / "s").summary()["missing_files"] == ["a" * 300]
 
 
 @pytest.mark.parametrize("examples", PROFILES)

@@ -71,7 +71,7 @@ def test_every_limit_flags_beyond_it_and_not_on_it() -> None:
         assert limit.words in said and f"prepare.qc.{limit.setting}" in said
         unknown = {**measures, limit.measure: None}
         assert qc.flags(unknown, QcConfig(**{**off, limit.setting: beyond})) == []
-    with pytest.raises(RecipeError, match=r"prepare\.qc\.min_tsnr must be a number ≥ 0, got -1"):
+    with pytest.raises(RecipeError, match=r"data\.qc: min_tsnr must be a number ≥ 0, got -1"):
         QcConfig(min_tsnr=-1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -272,10 +273,100 @@ def test_index_and_a_file_damaged_together(store: Path, tree: Any) -> None:
     spoil_index(store)
     hurt_frame_of_damaged = store / "sub-02.h5"
     os.truncate(hurt_frame_of_damaged, 3000)
-    with pytest.raises(DataError, match=r"run prepare:\n.*sub-02\.h5"):
+    with pytest.raises(DataError, match=r"then prepare.*:\n.*sub-02\.h5"):
         repair(store, tree.root)
     prepare(tree.root, store, PrepareConfig(space="native"))
     assert kinds(store) == []
+
+
+def lose_index(store: Path) -> None:
+    (store / "index.json").unlink()
+
+
+def cut_index(store: Path) -> None:
+    os.truncate(store / "index.json", 700)
+
+
+@pytest.mark.parametrize("damage", [lose_index, cut_index, spoil_index])
+@pytest.mark.parametrize("hurt", [False, True])
+def test_an_index_is_rebuilt_from_the_files(
+    damage: Callable[[Path], None], hurt: bool, store: Path, tree: Any
+) -> None:
+    """Also where frames are damaged: their file's metadata still say what it holds."""
+    before, whole = values(store), content(store)
+    if hurt:
+        hurt_frame(store, "sub-01_task-rest_run-2", 3, 7)
+    damage(store)
+    with pytest.raises(CorruptStoreError, match=rf"`fmrizoo repair {store} SOURCE` rebuilds it"):
+        Store(store)
+    found = verify(store)
+    assert [f.kind for f in found.findings] == ["index"] + ["frames"] * hurt
+    assert f"fmrizoo repair {store} SOURCE" in found.findings[0].message
+    assert (found.runs, found.frames) == (4, 48)
+    at_fault = content(store)
+    planned = repair(store, tree.root, dry_run=True)
+    assert planned.others == ["index.json"] and planned.restored == ["sub-01.h5"] * hurt
+    assert content(store) == at_fault, "a dry run writes nothing"
+    report = repair(store, tree.root)
+    assert report.others == ["index.json"] and report.restored == ["sub-01.h5"] * hurt
+    assert not report.renewed and kinds(store) == []
+    assert content(store)["index.json"] == whole["index.json"]
+    after = values(store)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert {n: b for n, b in content(store).items() if n != "sub-01.h5"} == {
+        n: b for n, b in whole.items() if n != "sub-01.h5"
+    }
+
+
+def hurt_metadata(store: Path) -> str:
+    with h5py.File(store / "sub-02.h5", "r+") as file:
+        file["sub-02_task-rest_run-1/meta"][5] ^= 1
+    return "sub-02.h5"
+
+
+def cut_file(store: Path) -> str:
+    os.truncate(store / "sub-03.h5", 3000)
+    return "sub-03.h5"
+
+
+def two_of_one(store: Path) -> str:
+    shutil.copy(store / "sub-02.h5", store / "sub-02@2.h5")
+    return "sub-02@2.h5"
+
+
+def foreign(store: Path) -> str:
+    with h5py.File(store / "sub-9.h5", "w") as file:
+        file["fmri_data"] = np.zeros(3)
+    return "sub-9.h5"
+
+
+@pytest.mark.parametrize("spoil", [hurt_metadata, cut_file, two_of_one, foreign])
+def test_a_lost_index_is_never_guessed(
+    spoil: Callable[[Path], str], store: Path, tree: Any, tmp_path: Path
+) -> None:
+    before = values(store)
+    lose_index(store)
+    name = spoil(store)
+    at_fault = content(store)
+    for dry_run in (True, False):
+        with pytest.raises(DataError, match=re.escape(name)):
+            repair(store, tree.root, dry_run=dry_run)
+        assert content(store) == at_fault
+    # What the message says to do, word for word.
+    shutil.move(store / name, tmp_path / name)
+    repair(store, tree.root)
+    prepare(tree.root, store, PrepareConfig(space="native"))
+    assert kinds(store) == []
+    after = values(store)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[run], after[run]) for run in before)
+
+
+def test_a_folder_of_other_files_is_no_store(tmp_path: Path, tree: Any) -> None:
+    foreign(tmp_path)
+    for look in (verify, Store):
+        with pytest.raises(DataError, match=r"is not a store \(it has no index\.json\)"):
+            look(tmp_path)
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -41,8 +41,16 @@ def found(haxby: Store) -> list[BaselineResult]:
 
 
 def test_every_baseline_is_there_with_its_units(found: list[BaselineResult], haxby: Store) -> None:
-    assert [b.result.name for b in found] == ["Chance", *NAMES, "Connectivity + logistic"]
-    for b in found:
+    assert [b.result.name for b in found] == [
+        "Chance",
+        *NAMES,
+        "Connectivity + logistic",
+        "Tangent connectivity + logistic",
+        "Confounds only + logistic",
+    ]
+    assert found[-1].result.n_test == 0
+    assert "share age, sex, site and motion" in (found[-1].result.note or "")
+    for b in found[:-1]:
         assert (b.result.n_test, b.result.fold, b.result.seed) == (24, 0, 3)
         assert b.result.task.classes == tuple(
             sorted({c["trial_type"] for c in haxby.runs[0].events})
@@ -59,7 +67,7 @@ def test_linear_baselines_decode_the_objects(found: list[BaselineResult]) -> Non
 
 def test_results_are_those_of_the_predictions(found: list[BaselineResult], haxby: Store) -> None:
     test_runs = set(split_of(haxby).test)
-    for b in found[1:]:
+    for b in found[1:-1]:
         assert evaluate(b.predictions, "classification").values == b.result.metrics
         assert {p.run for p in b.predictions} == test_runs
         assert b.result.parameters is not None
@@ -133,7 +141,7 @@ def test_permuted_labels_fall_to_chance(haxby: Store, monkeypatch: pytest.Monkey
 
         with monkeypatch.context() as patch:
             patch.setattr(baselines, "read_clips", shuffled)
-            for b in run_baselines(haxby, split, DATA, TASK)[1:]:
+            for b in run_baselines(haxby, split, DATA, TASK)[1:-1]:
                 hits.setdefault(b.result.name, []).append(b.result.metrics["accuracy"] or 0.0)
     # 72 test events: chance 0.125, standard error 0.039.
     for name, values in hits.items():
@@ -141,10 +149,12 @@ def test_permuted_labels_fall_to_chance(haxby: Store, monkeypatch: pytest.Monkey
 
 
 def test_short_clips_have_no_connectivity_and_say_so(haxby: Store) -> None:
-    last = run_baselines(haxby, split_of(haxby), DataConfig(clip_frames=4), TASK)[-1].result
-    assert (last.name, last.n_test) == ("Connectivity + logistic", 0)
-    assert set(last.metrics.values()) == {None}
-    assert "4 frames" in (last.note or "")
+    found = run_baselines(haxby, split_of(haxby), DataConfig(clip_frames=4), TASK)
+    rows = {b.result.name: b.result for b in found}
+    for name in ("Connectivity + logistic", "Tangent connectivity + logistic"):
+        assert rows[name].n_test == 0
+        assert set(rows[name].metrics.values()) == {None}
+        assert "4 frames" in (rows[name].note or "")
 
 
 def test_without_validation_the_strength_is_the_default(
@@ -177,6 +187,8 @@ def test_age_is_in_the_voxel_means(traits: Store) -> None:
         "PCA whitening + ridge",
         "ROI means + ridge",
         "Connectivity + ridge",
+        "Tangent connectivity + ridge",
+        "Confounds only + ridge",
     }
     ages, voxels = found["Chance"].metrics, found["Voxels + ridge"].metrics
     assert ages["pearson_r"] is None
@@ -213,6 +225,7 @@ def test_several_targets_are_fitted_one_by_one(gappy: Store, tmp_path: Path) -> 
     task = several(class_weights="balanced", levels=list("234567"))
     found = run_baselines(gappy, split, data, task)
     names = ["Chance", "Voxels", "PCA whitening", "ROI means", "Connectivity"]
+    names += ["Tangent connectivity", "Confounds only"]
     assert [b.result.name.split(" + ")[0] for b in found] == names * 3
     table = {(b.result.task.target, b.result.name.split(" + ")[0]): b for b in found}
     for target, kind, model in (
@@ -233,7 +246,7 @@ def test_several_targets_are_fitted_one_by_one(gappy: Store, tmp_path: Path) -> 
         assert {p.unit for p in rows} == tested - gone
     folders = {p.relative_to(tmp_path).as_posix() for p in write_baselines(tmp_path, found)}
     assert {"age/voxels-ridge", "group/voxels-logistic", "decade/voxels-ridge"} <= folders
-    assert len(folders) == 15
+    assert len(folders) == 21
 
 
 def test_decade_is_in_the_voxel_means(gappy: Store, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from fmrizoo.evaluate.results import (
     read_result,
     write_result,
 )
-from fmrizoo.evaluate.summary import difference, rows, summarize
+from fmrizoo.evaluate.statistics import UNITWISE, Paired, paired
+from fmrizoo.evaluate.summary import rows, summarize
 
 TASK = TaskInfo("trial_type", "classification", ("face", "house"), "event")
 
@@ -166,6 +167,12 @@ def table(correct: list[int], runs: int = 1) -> list[Prediction]:
         Prediction(f"u{i}", "001", f"run-{i % runs}", 1.0, (0.0, 1.0) if c else (1.0, 0.0))
         for i, c in enumerate(correct)
     ]
+
+
+def difference(
+    first: list[list[Prediction]], second: list[list[Prediction]], kind: str
+) -> Paired | None:
+    return paired(first, second, kind, UNITWISE[kind])
 
 
 def test_difference_is_paired_and_sees_a_real_gap() -> None:

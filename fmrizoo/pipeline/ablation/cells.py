@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fmrizoo.axes import AblateConfig, AblateTaskConfig, Value, values_of
 from fmrizoo.config import Recipe, compose, to_dict
 from fmrizoo.errors import RecipeError
 from fmrizoo.pipeline.ablation.matched import Size, matched, measure
 from fmrizoo.pipeline.sweep import prepared
+from fmrizoo.sections.axes import AblateConfig, AblateTaskConfig, Value, values_of
 from fmrizoo.zoo import load_recipe
 
 # What a model expects of its input; fine-tuning takes it from the pretraining.

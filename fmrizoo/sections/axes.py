@@ -8,7 +8,7 @@ from typing import Any
 
 from fmrizoo.errors import RecipeError
 from fmrizoo.registry import suggest
-from fmrizoo.sections import one_of, require
+from fmrizoo.sections.checks import one_of, require
 
 # Code → key that it stands for (source report, Table 1).
 CODES = {

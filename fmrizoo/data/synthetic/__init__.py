@@ -1,0 +1,1 @@
+"""Synthetic BOLD whose subject traits and task effects are known: who has what, signal, files."""
