@@ -48,7 +48,7 @@ def ablate(
     from fmrizoo.pipeline.ablation import plan
     from fmrizoo.pipeline.ablation.results import HTML
     from fmrizoo.pipeline.ablation.run import missing
-    from fmrizoo.report.ablation import write_ablation
+    from fmrizoo.report.ablation import clear_sentences, write_ablation
 
     share = numbered_part(part)
     planned = plan(recipe, overrides or [])
@@ -75,7 +75,9 @@ def ablate(
         )
         raise typer.Exit(INTERRUPTED)
     write_ablation(found, planned, folder / HTML, recipe)
-    out.print(screens.ablation(found))
+    out.print(screens.ablation(found.table))
+    for line in clear_sentences(found.pairs):
+        _say(line)
     _say(f"wrote {folder / HTML}, and the same table as ablation.csv and ablation.json")
 
 

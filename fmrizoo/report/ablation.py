@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fmrizoo import __version__
 from fmrizoo.files import write_atomic
+from fmrizoo.pipeline.ablation.compared import Comparison
 from fmrizoo.pipeline.ablation.results import ALL, Ablation, Column, Line
 from fmrizoo.report.figures import INK, MUTED, WIDTH, Image, style, svg
 from fmrizoo.report.words import LABELS, number, plus_minus, signed
@@ -18,7 +19,7 @@ from fmrizoo.sections.axes import CODES, MEANINGS
 from fmrizoo.trainer.accounting import count
 
 if TYPE_CHECKING:
-    from fmrizoo.pipeline.ablation.run import Planned
+    from fmrizoo.pipeline.ablation.run import Found, Planned
 
 KINDS = {"cell": "Cells", "control": "Without pretraining", "baseline": "Baselines"}
 
@@ -33,17 +34,18 @@ class Shown:
     cost: tuple[str, ...]
 
 
-def write_ablation(found: Ablation, planned: Planned, path: Path, source: str) -> None:
+def write_ablation(result: Found, planned: Planned, path: Path, source: str) -> None:
     """Write the page; nothing in it is loaded from anywhere else.
 
     Args:
-        found: The table.
+        result: The table and its comparisons.
         planned: What it was made from.
         path: The HTML file.
         source: How the recipe was named.
     """
     import jinja2
 
+    found = result.table
     env = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -66,6 +68,7 @@ def write_ablation(found: Ablation, planned: Planned, path: Path, source: str) -
             for column, gap in line.gaps.items()
         ],
         "figure": _figure(found),
+        "pairs": [_pair(one, len(found.columns) > 1) for one in result.pairs],
         "codes": [
             (axis, MEANINGS[axis], CODES[axis])
             for axis in planned.recipe.ablate.axes
@@ -120,6 +123,36 @@ def _shown(found: Ablation, line: Line) -> Shown:
             number(c.finetuning, 1),
         )
     return Shown(line.name, tuple(scores), tuple(places), cost)
+
+
+def _pair(one: Comparison, several: bool) -> tuple[str, ...]:
+    """Names, column, difference, interval, p, Holm's p, answer."""
+    gap = one.gap
+    interval = f"{signed(gap.low)} … {signed(gap.high)}"
+    column = one.column.name if several else ""
+    values = (signed(gap.mean), interval, p_words(gap.p), p_words(one.adjusted), one.better)
+    return (f"{one.first} − {one.second}", column, *values)
+
+
+def clear_sentences(pairs: Sequence[Comparison]) -> list[str]:
+    """The pairs that differ clearly, one sentence each; else one that says so."""
+    said = []
+    for one in pairs:
+        if one.better != "not clear":
+            word = "better" if one.better == "yes" else "worse"
+            said.append(
+                f"{one.column.name}: {one.first} is {word} than {one.second} by "
+                f"{abs(one.gap.mean):.3f} (95 % {one.gap.low:+.3f} … {one.gap.high:+.3f}, "
+                f"Holm's {p_words(one.adjusted)})"
+            )
+    if pairs and not said:
+        return [f"none of {len(pairs)} paired differences is clear (Holm's p ≤ 0.05)"]
+    return said
+
+
+def p_words(p: float) -> str:
+    """``p = 0.012``, ``p < 0.001``."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def _is_best(found: Ablation, line: Line, column: Column) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fmrizoo.pipeline.ablation.chains import BASELINES, COST, DIVERGED, Chain, T
 
 CSV, JSON, HTML = "ablation.csv", "ablation.json", "ablation.html"
 ALL = "all"
+SCHEMA = "fmrizoo.ablation/1"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Line:
         name: Of the cell, control or baseline.
         kind: ``cell``, ``control`` or ``baseline``.
         values: Axis → label.
+        backbone: Name of its backbone; empty for baselines.
         rows: Column → summary of its results; absent = no result.
         tables: Column → predictions of every fold and seed.
         gaps: Column → why results are missing.
@@ -74,6 +76,7 @@ class Line:
     name: str
     kind: str
     values: dict[str, str]
+    backbone: str
     rows: dict[str, Row]
     tables: dict[str, list[list[Prediction]]]
     gaps: dict[str, str]
@@ -167,7 +170,8 @@ def _line(cell: Cell, columns: Sequence[Column], chains: Sequence[Chain], out: P
         sum(tuned) / len(tuned) if tuned else None,
     )
     kind = "control" if cell.control else "cell"
-    return Line(cell.name, kind, cell.values, rows, tables, gaps, {}, cost)
+    backbone = next(iter(cell.tasks.values())).backbone.name
+    return Line(cell.name, kind, cell.values, backbone, rows, tables, gaps, {}, cost)
 
 
 def _result(out: Path, tuning: Tuning, target: str) -> Result | None:
@@ -215,7 +219,7 @@ def _baseline_lines(columns: Sequence[Column], chains: Sequence[Chain], out: Pat
             ]
             for column, own in by_column.items()
         }
-        lines.append(Line(name, "baseline", {}, rows, tables, {}, {}, None))
+        lines.append(Line(name, "baseline", {}, "", rows, tables, {}, {}, None))
     return lines
 
 
@@ -248,8 +252,8 @@ def as_rows(found: Ablation) -> list[dict[str, Any]]:
     return rows
 
 
-def write_tables(found: Ablation, out: Path) -> None:
-    """``ablation.csv`` and ``ablation.json``, whole or not at all."""
+def write_tables(found: Ablation, pairs: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """``ablation.csv``; and ``ablation.json``, which has the paired comparisons as well."""
     rows = as_rows(found)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
@@ -257,5 +261,5 @@ def write_tables(found: Ablation, out: Path) -> None:
     table.writeheader()
     table.writerows(rows)
     write_atomic(out / CSV, text.getvalue().encode())
-    body = {"schema": "fmrizoo.ablation/1", "subsets": found.subsets, "rows": rows}
+    body = {"schema": SCHEMA, "subsets": found.subsets, "rows": rows, "pairs": list(pairs)}
     write_atomic(out / JSON, (json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode())

@@ -14,6 +14,7 @@ from fmrizoo.data.targets import check_labels, fit_tasks
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.pipeline.ablation.cells import Cell, cells_of
 from fmrizoo.pipeline.ablation.chains import Chain, chains_of, is_done, run_chain
+from fmrizoo.pipeline.ablation.compared import Comparison, compare
 from fmrizoo.pipeline.ablation.results import Ablation, collect, write_tables
 from fmrizoo.pipeline.inputs import open_data
 from fmrizoo.pipeline.pool import part_of, work_through
@@ -39,6 +40,14 @@ class Planned:
         """Models that are fine-tuned and tested."""
         every = [t for chain in self.chains for t in chain.tunings]
         return sum(t.cell != "baselines" for t in every)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an ablation has found."""
+
+    table: Ablation
+    pairs: list[Comparison]
 
 
 def plan(source: str | Path, overrides: Sequence[str] = ()) -> Planned:
@@ -103,7 +112,7 @@ def ablate(
     part: tuple[int, int] | None = None,
     keep_models: bool = False,
     on_done: Callable[[int, int, str], None] | None = None,
-) -> Ablation | None:
+) -> Found | None:
     """Train and test what is left, then write ``ablation.csv`` and ``ablation.json``.
 
     Args:
@@ -116,7 +125,8 @@ def ablate(
         on_done: Called with (done, total, name) after every chain.
 
     Returns:
-        The table; None as long as chains are left (after a signal, or of other parts).
+        The table and its paired comparisons; None as long as chains are left (after a signal, or
+        of other parts).
 
     Raises:
         FmrizooError: whatever ends a training but divergence, which is a gap in the table.
@@ -131,8 +141,9 @@ def ablate(
     if missing(planned, out):
         return None
     found = collect(planned.recipe, planned.cells, planned.chains, out)
-    write_tables(found, out)
-    return found
+    pairs = compare(found)
+    write_tables(found, [one.as_row() for one in pairs], out)
+    return Found(found, pairs)
 
 
 def missing(planned: Planned, out: Path) -> list[str]:

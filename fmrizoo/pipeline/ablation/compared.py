@@ -1,0 +1,87 @@
+"""Cells compared in pairs: with the first cell, and with their backbone without pretraining."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fmrizoo.evaluate.statistics import Paired, holm, paired
+from fmrizoo.pipeline.ablation.results import Ablation, Column, Line
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One pair in one column.
+
+    Attributes:
+        first, second: Names of the lines.
+        column: Of the table.
+        gap: First minus second, on the units that both predicted.
+        adjusted: ``gap.p`` after Holm's correction over all pairs of the column.
+        better: Whether the first is better: ``yes``, ``no, worse`` or ``not clear``.
+    """
+
+    first: str
+    second: str
+    column: Column
+    gap: Paired
+    adjusted: float
+
+    @property
+    def better(self) -> str:
+        if not self.gap.clear or self.adjusted > ALPHA:
+            return "not clear"
+        more = self.gap.mean > 0
+        return "yes" if more != self.column.lower_is_better else "no, worse"
+
+    def as_row(self) -> dict[str, Any]:
+        """Plain values, for files."""
+        own = {"first": self.first, "second": self.second, "column": self.column.name}
+        return {
+            **own,
+            "metric": self.column.metric,
+            **asdict(self.gap),
+            "p_holm": self.adjusted,
+            "better": self.better,
+        }
+
+
+def compare(found: Ablation) -> list[Comparison]:
+    """All pairs of every column that have predictions of the same units.
+
+    The first cell is the reference of the others; every cell is compared with the controls of its
+    backbone, which say what its pretraining is worth.
+    """
+    comparisons = []
+    for column in found.columns:
+        gaps = [
+            (one, two, gap)
+            for one, two in _pairs(found)
+            if (gap := _gap(one, two, column)) is not None
+        ]
+        adjusted = holm([gap.p for *_, gap in gaps])
+        comparisons += [
+            Comparison(one.name, two.name, column, gap, p)
+            for (one, two, gap), p in zip(gaps, adjusted, strict=True)
+        ]
+    return comparisons
+
+
+def _gap(one: Line, two: Line, column: Column) -> Paired | None:
+    if column.name not in one.tables or column.name not in two.tables:
+        return None
+    first, second = one.tables[column.name], two.tables[column.name]
+    return paired(first, second, column.kind, column.metric)
+
+
+def _pairs(found: Ablation) -> Iterator[tuple[Line, Line]]:
+    cells, controls = found.of("cell"), found.of("control")
+    for cell in cells[1:]:
+        yield cell, cells[0]
+    for cell in cells:
+        for control in controls:
+            if control.backbone == cell.backbone:
+                yield cell, control
