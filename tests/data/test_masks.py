@@ -8,7 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import image
+from nifti_images import image
 from nilearn.datasets import load_mni152_brain_mask
 from nilearn.image import resample_to_img
 
