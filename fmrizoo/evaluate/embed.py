@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 POOLS = ("mean", "brain", "frame", "space", "parcel")
 
 
-class Embedder:
+class ClipEmbedder:
     """An encoder and how its features are pooled; ``embedder(batch)`` gives a tensor.
 
     - ``mean``: over all valid tokens, ``(b, d)``.
@@ -285,7 +285,7 @@ def embed(
         model: Run folder or model folder.
         out: File to write, see :meth:`fmrizoo.evaluate.embeddings.Embeddings.save`.
         store: Prepared store; None: the one the model was trained on.
-        pool, stage, atlas: See :class:`Embedder`.
+        pool, stage, atlas: See :class:`ClipEmbedder`.
         level: ``clip``, ``run`` or ``subject``.
         part: ``train``, ``validation`` or ``test`` of the run's own split; None: all runs.
         select: BIDS entities to keep; None: as in training.
@@ -317,7 +317,7 @@ def embed(
         raise RecipeError("the model's recipe names no store: say which one to embed")
     opened = open_store(config)
     where = resolve_device(device, World())
-    embedder = Embedder(model, pool=pool, stage=stage, atlas=atlas, device=where)
+    embedder = ClipEmbedder(model, pool=pool, stage=stage, atlas=atlas, device=where)
     runs = chosen(opened, config).used
     if part is not None:
         runs = _part(model, part, opened, runs)
