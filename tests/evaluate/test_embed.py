@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fmrizoo.data.splits import make_split
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import CheckpointError, DataError, RecipeError
 from fmrizoo.evaluate.atlas import Atlas
+from fmrizoo.evaluate.derivatives import name_faults
 from fmrizoo.evaluate.embed import POOLS, ClipEmbedder, embed
 from fmrizoo.evaluate.embeddings import EmbeddingRow, Embeddings
 from fmrizoo.model import DownstreamModel, PretrainingModel
@@ -439,6 +441,23 @@ def test_one_call(run: Path, traits: Store, tmp_path: Path) -> None:
     assert other.values.shape == (11, 4, 8) and other.about["clip_stride"] == 0.5
 
 
+def test_derivatives_hold_what_the_archive_does(run: Path, tmp_path: Path) -> None:
+    found = embed(
+        run, tmp_path / "e.npz", bids=tmp_path / "bids", level="run", part="test", device="cpu"
+    )
+    assert name_faults(tmp_path / "bids") == []
+    read = Embeddings.read(tmp_path / "e.npz")
+    for row, value in zip(read.rows, read.values, strict=True):
+        stem = f"sub-{row.subject}_task-rest_desc-swin4dSimmimMean_embedding"
+        path = tmp_path / "bids" / f"sub-{row.subject}" / "func" / f"{stem}.tsv"
+        cells = path.read_text().splitlines()[1].split("\t")
+        assert cells[:3] == [row.unit, "n/a", str(row.n_clips)]
+        np.testing.assert_array_equal(np.array(cells[3:], np.float32), value)
+        said = json.loads(path.with_suffix(".json").read_text())
+        assert said["WeightsSHA256"] == found.about["weights_sha256"]
+        assert said["Contract"] == found.about["contract"]
+
+
 def test_data_of_another_preprocessing_are_refused(run: Path, traits: Store) -> None:
     embedder = ClipEmbedder(run)
     with pytest.raises(CheckpointError, match="normalization: expected znorm_minback, found voxel"):
@@ -465,5 +484,7 @@ def test_bad_arguments_of_one_call(run: Path, tmp_path: Path) -> None:
         embed(tmp_path, out)
     with pytest.raises(DataError, match=r"name it \.npz"):
         embed(run, tmp_path / "e.txt")
+    with pytest.raises(DataError, match="nothing to write: give a file"):
+        embed(run, None)
     assert not out.exists()
     assert list(itertools.islice(tmp_path.glob("*.npz"), 1)) == []
