@@ -360,7 +360,7 @@ def _check_list(X: Any) -> Store | list[Any]:
     """
     if isinstance(X, Store):
         return X
-    if isinstance(X, str | PathLike):
+    if isinstance(X, str | Path):
         return Store(X)
     found = check_array(X, dtype=None, ensure_2d=False, allow_nd=True)
     if found.ndim == 2 and found.shape[1] == 1:  # a column of a table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import warnings
 import zlib
 from dataclasses import replace
@@ -38,7 +39,7 @@ from fmrizoo.trainer.export import ModelInfo, read_info, save_model
 from fmrizoo.types import Contract
 from fmrizoo.zoo import load_recipe
 
-GRID, FRAMES, SUBJECTS = (6, 6, 4), 20, 4
+GRID, FRAMES, SUBJECTS = (6, 6, 4), 20, 6
 AFFINE = np.array([[3.0, 0, 0, -9], [0, 3, 0, -8], [0, 0, 4, -7], [0, 0, 0, 1]])
 BACKBONE = {
     "name": "swin4d",
@@ -81,6 +82,8 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
     sidecar = {"RepetitionTime": 2.0}
     (top / "bids" / "task-rest_bold.json").write_text(json.dumps(sidecar))
+    people = [f"sub-{s:02d}\t{'ab'[s % 2]}" for s in range(SUBJECTS)]
+    (top / "bids" / "participants.tsv").write_text("\n".join(["participant_id\tgroup", *people]))
     prepare(top / "bids", top / "store", PrepareConfig(space="native"))
     torch.manual_seed(0)
     recipe = {
@@ -337,6 +340,21 @@ def test_settings_that_meet_a_contract() -> None:
     assert placed.grid == [48, 48, 48] and placed.center == [0.0, 0.0, 0.0]
     with pytest.raises(DataError, match="space is not known"):
         config_for(replace(contract, space="unknown"), PrepareConfig())
+
+
+def test_the_documented_example_runs(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "embeddings.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 3
+    monkeypatch.chdir(top)
+    nibabel.save(nibabel.Nifti1Image(labels().astype(np.int16), AFFINE), "atlas.nii.gz")
+    found: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, found)
+    assert found["scores"].shape == (3,) and (top / "cache").is_dir()
+    assert found["table"].shape == (2 * SUBJECTS, 16)
+    assert nibabel.load("weights.nii.gz").shape == GRID
+    assert all(f"`{name}`" in page for name in EXPECTED)
 
 
 # --- scikit-learn's own checks --------------------------------------------------------------------
