@@ -341,7 +341,7 @@ class Embedder(TransformerMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             f"runs that the model in {self.model} was trained on: scores on them say nothing about "
             "unseen recordings (seen_runs_ names all; this is said once for each model)",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # through scikit-learn's wrapper of transform
         )
 
 

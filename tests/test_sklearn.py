@@ -305,6 +305,42 @@ def test_files_that_the_contract_refuses(top: Path, tmp_path: Path) -> None:
         embedder(top).fit([tmp_path / "text_bold.nii.gz"])
 
 
+def test_a_file_with_any_name_is_taken_with_its_mask(
+    top: Path, files: list[str], tmp_path: Path
+) -> None:
+    plain = tmp_path / "scan 1.nii.gz"
+    plain.write_bytes(Path(files[2]).read_bytes())
+    mask = files[2].replace("_bold", "_desc-brain_mask")
+    own = embedder(top, prepare={"mask": mask})
+    expected = embedder(top).fit_transform(files[2:3])
+    np.testing.assert_array_equal(own.fit_transform([plain]), expected)
+
+
+def test_files_are_resampled_as_prepare_would(tmp_path: Path) -> None:
+    space = "MNI152NLin2009cAsym"
+    stem = f"sub-01_task-rest_space-{space}_desc-preproc"
+    path = save_bold(tmp_path / "bids" / "sub-01" / "func" / f"{stem}_bold.nii.gz", 1)
+    settings = {"grid": [5, 5, 4], "voxel_size": [4.0, 4.0, 4.0], "center": [-1.0, 0.0, -1.0]}
+    prepare(tmp_path / "bids", tmp_path / "store", PrepareConfig(**settings))
+    store = Store(tmp_path / "store")
+    recipe = {
+        "backbone": BACKBONE,
+        "objective": {"name": "simmim"},
+        "prepare": settings,
+        "data": {"clip_frames": 8},
+    }
+    contract = ClipTable.windows(store, store.runs, load_recipe(recipe).data)
+    info = ModelInfo(recipe=recipe, contract=contract.contract("znorm_minback"))
+    save_model(tmp_path / "m", fmrizoo.build(recipe), info)
+    of_file = Embedder(tmp_path / "m", device="cpu", pool="space").fit([path])
+    of_store = Embedder(tmp_path / "m", device="cpu", pool="space").fit(store)
+    np.testing.assert_array_equal(of_file.transform([path]), of_store.transform(store))
+    np.testing.assert_allclose(of_file.affine_, of_store.affine_)
+    unnamed = path.rename(path.with_name("sub-01_task-rest_bold.nii.gz"))
+    with pytest.raises(DataError, match="is in space native by its name, the model expects MNI"):
+        of_file.transform([unnamed])
+
+
 def test_other_bad_input(top: Path, files: list[str], names: list[str], tmp_path: Path) -> None:
     store = {"store": top / "store"}
     for settings, given, error, said in (

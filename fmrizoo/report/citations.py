@@ -62,7 +62,8 @@ class Reference:
             "eprint": self.arxiv,
             "archiveprefix": "arXiv" if self.arxiv else "",
         }
-        lines = [f"  {name} = {{{value}}}" for name, value in fields.items() if value]
+        safe = {name: value.replace("&", r"\&") for name, value in fields.items() if value}
+        lines = [f"  {name} = {{{value}}}" for name, value in safe.items()]
         return f"@{self.kind}{{{self.key},\n" + ",\n".join(lines) + "\n}"
 
 

@@ -93,6 +93,7 @@ def test_bibliographic_facts_are_well_formed(key: str) -> None:
     assert not work.doi or re.fullmatch(r"10\.\d{4,5}/\S+", work.doi)
     assert not work.arxiv or re.fullmatch(r"\d{4}\.\d{5}", work.arxiv)
     entry = work.bibtex
+    assert not re.search(r"(?<!\\)&", entry)
     assert entry.count("{") == entry.count("}") and " and ".join(work.authors) in entry
 
 
