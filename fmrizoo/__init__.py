@@ -20,10 +20,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fmrizoo.data.store import Store as Store
-    from fmrizoo.evaluate.embed import Embedder as Embedder
+    from fmrizoo.evaluate.embed import ClipEmbedder as ClipEmbedder
     from fmrizoo.registry import register_backbone as register_backbone
     from fmrizoo.registry import register_head as register_head
     from fmrizoo.registry import register_objective as register_objective
+    from fmrizoo.sklearn import Embedder as Embedder
     from fmrizoo.zoo import build as build
     from fmrizoo.zoo import create_backbone as create_backbone
     from fmrizoo.zoo import list_backbones as list_backbones
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 # Public names and where they live: imported at first use, so that `import fmrizoo` and the
 # command line start without torch.
 _PUBLIC = {
-    "Embedder": "fmrizoo.evaluate.embed",
+    "ClipEmbedder": "fmrizoo.evaluate.embed",
+    "Embedder": "fmrizoo.sklearn",
     "Store": "fmrizoo.data.store",
     "build": "fmrizoo.zoo",
     "create_backbone": "fmrizoo.zoo",

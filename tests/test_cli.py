@@ -23,6 +23,7 @@ from fmrizoo.cli import app, main
 from fmrizoo.data.sample import sample_path
 from fmrizoo.data.store import Store
 from fmrizoo.errors import FmrizooError
+from fmrizoo.evaluate.derivatives import name_faults
 
 Run = Callable[..., Result]
 
@@ -98,6 +99,9 @@ def test_the_whole_job_as_typed(
         assert arrays["values"].shape == (9, 16) and len(set(arrays["run"].tolist())) == 9
     said = cli("embed", "runs/fine", "--out", "f.npz", "--part", "test", "--pool", "frame").stdout
     assert "clips × 8 × 16 features" in said
+    said = cli("embed", "runs/pre", "--bids", "bids", "--level", "run", "--source", "10.1/a").stdout
+    assert "bids: 9 runs × 16 features" in said and not name_faults(Path("bids"))
+    assert len(list(Path("bids").rglob("*_desc-swin4dSimmimMean_embedding.tsv"))) == 9
     for what, kind in (("runs/pre", "pretraining run"), ("runs/fine/split.json", "split")):
         assert kind in cli("inspect", what).stdout
         assert json.loads(cli("inspect", what, "--json").stdout)["kind"] == kind
@@ -108,6 +112,7 @@ def test_the_whole_job_as_typed(
     [
         (("embed", "gone", "--out", "e.npz"), "gone holds no exported model"),
         (("embed", "gone", "--out", "e.csv"), "name it .npz, not e.csv"),
+        (("embed", "gone"), "nothing to write: give a file (.npz) or a folder"),
         (("list", "recipes", "--backbone", "swin4d"), "--backbone goes with `list heads`"),
         (("list", "heads", "--backbone", "swan"), "'swan' is neither a backbone nor a recipe"),
     ],

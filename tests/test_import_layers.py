@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVELS = {
-    4: ("cli", "__main__", "cluster", "report", "pipeline", "inspection", "screens"),
+    4: ("cli", "__main__", "cluster", "report", "pipeline", "inspection", "screens", "sklearn"),
     3: ("trainer", "evaluate", "analysis", "forecast"),
     2: ("heads", "objectives", "data", "model", "weights", "zoo"),
     1: ("backbones",),

@@ -15,8 +15,21 @@ def embed(
     model: Annotated[Path, typer.Argument(help="Run folder or model folder.")],
     *,
     file: Annotated[
-        Path, typer.Option("--out", "-o", help="NumPy archive (.npz) to write.", show_default=False)
-    ],
+        Path | None,
+        typer.Option("--out", "-o", help="NumPy archive (.npz) to write.", show_default="none"),
+    ] = None,
+    bids: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write BIDS derivatives to.", show_default="none"),
+    ] = None,
+    label: Annotated[
+        str | None,
+        typer.Option(help="bids: desc of the model, letters and digits.", show_default="made"),
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="bids: DOI or URL of the data; repeatable.", show_default="not said"),
+    ] = None,
     store: Annotated[
         Path | None, typer.Option(help="Prepared store.", show_default="the model's own")
     ] = None,
@@ -38,12 +51,15 @@ def embed(
         typer.Option(help="Starts of clips, as a share.", show_default="as in training"),
     ] = None,
 ) -> None:
-    """Features of every clip, run or subject of a store → one NumPy archive."""
+    """Features of every clip, run or subject of a store → NumPy archive, BIDS derivatives."""
     from fmrizoo.evaluate.embed import embed as run
 
     found = run(
         model,
         file,
+        bids=bids,
+        label=label,
+        sources=source or (),
         store=store,
         pool=pool,
         stage=stage,
@@ -56,7 +72,8 @@ def embed(
     clips = sum(row.n_clips for row in found.rows)
     rows = f"{len(found.rows)} {level}{'' if len(found.rows) == 1 else 's'} × {shape}"
     more = "" if level == "clip" else f", means over {clips} clips"
-    out.print(f"{file}: {rows} features{more}", soft_wrap=True, highlight=False)
+    where = " and ".join(str(path) for path in (file, bids) if path is not None)
+    out.print(f"{where}: {rows} features{more}", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -246,11 +246,36 @@ def _masks(source: Path, subjects: list[Path]) -> dict[str, list[_File]]:
     found: dict[str, list[_File]] = {}
     inside = source.glob("derivatives/*/sub-*")
     for folder in [*subjects, *sorted(p for p in inside if p.is_dir())]:
-        for path in _niftis(folder, "mask"):
-            file = _file(path)
-            if file.entities.get("desc", "brain") == "brain":
-                found.setdefault(file.entities.get("sub", ""), []).append(file)
+        for file in _brain_masks(_niftis(folder, "mask")):
+            found.setdefault(file.entities.get("sub", ""), []).append(file)
     return found
+
+
+def _brain_masks(paths: Iterable[Path]) -> list[_File]:
+    return [f for f in map(_file, paths) if f.entities.get("desc", "brain") == "brain"]
+
+
+def run_file(path: Path) -> RunFile:
+    """One NIfTI file with the mask, sidecar, events and confounds that BIDS gives it.
+
+    In no BIDS folder (no ``sub-*`` above it) only the files beside it are looked at.
+
+    Raises:
+        DataError: no such file, another ending, two masks that fit, an unusable sidecar.
+    """
+    path = path.absolute()
+    if not path.name.endswith(_NIFTI):
+        raise DataError(f"{path} is no NIfTI file by its name (.nii or .nii.gz)")
+    if not path.is_file():
+        raise DataError(f"{path} does not exist")
+    subject = next((p for p in reversed(path.parents) if p.name.startswith("sub-")), None)
+    if subject is None:
+        beside = [p for p in sorted(path.parent.glob("*_mask.nii*")) if p.name.endswith(_NIFTI)]
+        return _run(_file(path), [path.parent], _brain_masks(beside))
+    root = subject.parent
+    roots = [root.parent.parent, root] if root.parent.name == "derivatives" else [root]
+    folders = [subject, *sorted(root.glob(f"derivatives/*/{subject.name}"))]
+    return _run(_file(path), roots, _brain_masks(p for f in folders for p in _niftis(f, "mask")))
 
 
 def _run(bold: _File, roots: list[Path], masks: Iterable[_File]) -> RunFile:

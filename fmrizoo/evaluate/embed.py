@@ -28,6 +28,7 @@ from fmrizoo.data.splits import Split
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.evaluate.atlas import Atlas
+from fmrizoo.evaluate.derivatives import label_of, write_derivatives
 from fmrizoo.evaluate.embeddings import LEVELS, EmbeddingRow, Embeddings, Mean, check_suffix
 from fmrizoo.layers.parcels import parcel_weights, pool_parcels
 from fmrizoo.model import DownstreamModel
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 POOLS = ("mean", "brain", "frame", "space", "parcel")
 
 
-class Embedder:
+class ClipEmbedder:
     """An encoder and how its features are pooled; ``embedder(batch)`` gives a tensor.
 
     - ``mean``: over all valid tokens, ``(b, d)``.
@@ -266,8 +267,11 @@ class _Collector:
 
 def embed(
     model: Path,
-    out: Path,
+    out: Path | None,
     *,
+    bids: Path | None = None,
+    label: str | None = None,
+    sources: Sequence[str] = (),
     store: Path | str | None = None,
     pool: str = "mean",
     stage: int = -1,
@@ -279,13 +283,17 @@ def embed(
     batch_size: int = 8,
     device: str = "auto",
 ) -> Embeddings:
-    """Embed the runs of a store with a trained model and write ``out`` (``.npz``).
+    """Embed the runs of a store with a trained model; write ``out`` (``.npz``) and ``bids``.
 
     Args:
         model: Run folder or model folder.
-        out: File to write, see :meth:`fmrizoo.evaluate.embeddings.Embeddings.save`.
+        out: File to write, see :meth:`fmrizoo.evaluate.embeddings.Embeddings.save`; None: none.
+        bids: Folder to write BIDS derivatives to
+            (:func:`fmrizoo.evaluate.derivatives.write_derivatives`); None: none.
+        label: Of the model in BIDS names; None: of its backbone, objective or head, and pooling.
+        sources: DOIs or URLs of the data, for the derivatives.
         store: Prepared store; None: the one the model was trained on.
-        pool, stage, atlas: See :class:`Embedder`.
+        pool, stage, atlas: See :class:`ClipEmbedder`.
         level: ``clip``, ``run`` or ``subject``.
         part: ``train``, ``validation`` or ``test`` of the run's own split; None: all runs.
         select: BIDS entities to keep; None: as in training.
@@ -296,16 +304,21 @@ def embed(
     Raises:
         CheckpointError: no model, or data preprocessed in another way than it expects.
         RecipeError: an unknown word, or no store.
-        DataError: unusable data or atlas, no split, or ``out`` cannot be written.
+        DataError: unusable data or atlas, no split, neither ``out`` nor ``bids``, or they cannot
+            be written.
     """
     from fmrizoo.trainer.device import World, resolve_device
     from fmrizoo.trainer.export import read_info
     from fmrizoo.zoo import load_recipe, model_folder
 
-    check_suffix(out)
+    if out is None and bids is None:
+        raise DataError("nothing to write: give a file (.npz) or a folder for BIDS derivatives")
+    if out is not None:
+        check_suffix(out)
     if batch_size < 1:
         raise DataError(f"clips at a time must be ≥ 1, got {batch_size}")
-    config = load_recipe(read_info(model_folder(model)).recipe).data
+    recipe = load_recipe(read_info(model_folder(model)).recipe)
+    config = recipe.data
     changes: dict[str, Any] = {"store": store, "select": select, "clip_stride": clip_stride}
     changes = {key: value for key, value in changes.items() if value is not None}
     if store is not None:
@@ -317,13 +330,23 @@ def embed(
         raise RecipeError("the model's recipe names no store: say which one to embed")
     opened = open_store(config)
     where = resolve_device(device, World())
-    embedder = Embedder(model, pool=pool, stage=stage, atlas=atlas, device=where)
+    embedder = ClipEmbedder(model, pool=pool, stage=stage, atlas=atlas, device=where)
     runs = chosen(opened, config).used
     if part is not None:
         runs = _part(model, part, opened, runs)
     found = embedder.embed_store(opened, config, runs, level=level, batch_size=batch_size)
-    found.save(out)
+    if out is not None:
+        found.save(out)
+    if bids is not None:
+        parts = (recipe.backbone.name, (recipe.objective or recipe.head).name, pool)
+        write_derivatives(found, bids, label or _label(parts), sources=sources)
     return found
+
+
+def _label(parts: Sequence[str]) -> str:
+    """``swin4dSimmimMean``."""
+    words = [label_of(word) for part in parts for word in part.split("_")]
+    return "".join([words[0], *(word[0].upper() + word[1:] for word in words[1:])])
 
 
 def _part(run: Path, part: str, store: Store, runs: Sequence[RunInfo]) -> list[RunInfo]:

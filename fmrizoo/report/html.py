@@ -21,9 +21,11 @@ from fmrizoo.report.analysis import MemoryFigure
 from fmrizoo.report.collect import Evidence, collect
 from fmrizoo.report.families import families
 from fmrizoo.report.figures import Image
+from fmrizoo.report.methods import WriteUp, write_up
 from fmrizoo.report.radar import radar
 from fmrizoo.report.shown import Shown
 from fmrizoo.report.sidebyside import SideBySide, side_by_side
+from fmrizoo.report.tables import results_csv
 from fmrizoo.report.words import (
     CHANCE,
     LABELS,
@@ -102,6 +104,8 @@ class Page:
     curves: tuple[tuple[str, Image], ...]
     data: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
     methods: tuple[str, ...]
+    paste: WriteUp
+    csv: str
     environment: tuple[tuple[str, str], ...]
     citations: tuple[str, ...]
     missing: tuple[str, ...]
@@ -159,6 +163,8 @@ def write_report(
         curves=tuple(sections.curves(evidence, pretraining=not (pairs and pairs.losses))),
         data=tuple(sections.data(evidence)),
         methods=tuple(sections.methods(evidence, tasks)),
+        paste=write_up(evidence, tasks),
+        csv=results_csv(tasks) if tasks else "",
         environment=tuple(sections.environment(evidence)),
         citations=tuple(citations),
         missing=(

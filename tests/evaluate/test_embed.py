@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from fmrizoo.data.splits import make_split
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import CheckpointError, DataError, RecipeError
 from fmrizoo.evaluate.atlas import Atlas
-from fmrizoo.evaluate.embed import POOLS, Embedder, embed
+from fmrizoo.evaluate.derivatives import name_faults
+from fmrizoo.evaluate.embed import POOLS, ClipEmbedder, embed
 from fmrizoo.evaluate.embeddings import EmbeddingRow, Embeddings
 from fmrizoo.model import DownstreamModel, PretrainingModel
 from fmrizoo.trainer.export import ModelInfo, save_model
@@ -89,7 +91,7 @@ def test_pooling_against_loops(name: str, stage: int, traits: Store) -> None:
         features = backbone.encode_stages(backbone.read(batch), (stage,))[0]
     cells = [c // f for c, f in zip(backbone.clip_grid, features.grid, strict=True)]
     found = {
-        pool: Embedder(
+        pool: ClipEmbedder(
             backbone, pool=pool, stage=stage, atlas=labels if pool == "parcel" else None
         )(batch)
         for pool in POOLS
@@ -158,7 +160,7 @@ def test_cells_lie_where_parcels_take_them_to_lie(name: str, stage: int) -> None
 def test_clips_runs_and_subjects(traits: Store) -> None:
     table = windows(traits, clip_stride=0.5)
     twice = replace(table, runs=(*table.runs[:2], _other_run(table.runs[0])))
-    embedder = Embedder(encoder())
+    embedder = ClipEmbedder(encoder())
     clips = embedder.embed_table(twice, DATA, batch_size=4)
     assert clips.values.shape == (33, 16) and clips.values.dtype == np.float32
     assert clips.rows[1] == EmbeddingRow("sub-00_task-rest#frame-0004", "00", "sub-00_task-rest", 4)
@@ -203,7 +205,7 @@ def open_renamed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batch_size_changes_nothing(traits: Store) -> None:
     table = windows(traits)
     for pool in ("mean", "frame"):
-        embedder = Embedder(encoder(), pool=pool)
+        embedder = ClipEmbedder(encoder(), pool=pool)
         one, many = (embedder.embed_table(table, DATA, batch_size=n) for n in (1, 7))
         np.testing.assert_allclose(one.values, many.values, atol=1e-6)
         assert one.rows == many.rows
@@ -221,14 +223,14 @@ def test_events_keep_their_names(haxby: Store) -> None:
         depths=[1],
         num_heads=[1],
     )
-    found = Embedder(backbone).embed_table(table, data)
+    found = ClipEmbedder(backbone).embed_table(table, data)
     assert [r.unit for r in found.rows] == list(table.units or ())
     assert [r.start for r in found.rows] == table.start.tolist()
 
 
 def test_the_mode_is_eval_and_nothing_keeps_a_graph(traits: Store) -> None:
     backbone = encoder().train()
-    values = Embedder(backbone)(first_batch(traits))
+    values = ClipEmbedder(backbone)(first_batch(traits))
     assert not backbone.training and not values.requires_grad
 
 
@@ -240,12 +242,12 @@ def test_what_a_head_put_into_the_encoder_acts(head: str, traits: Store) -> None
     model = fmrizoo.build(backbone=section, head=head, task=task)
     assert isinstance(model, DownstreamModel)
     batch = first_batch(traits)
-    before = Embedder(model)(batch)
+    before = ClipEmbedder(model)(batch)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += torch.randn_like(parameter)
-    after = Embedder(model)(batch)
+    after = ClipEmbedder(model)(batch)
     assert not torch.allclose(before, after, atol=1e-3)
     expected = model.encode(batch)[-1].pooled("mean")
     torch.testing.assert_close(after, expected.detach(), atol=1e-6, rtol=1e-6)
@@ -256,7 +258,7 @@ def test_a_model_that_diverged_is_refused(traits: Store) -> None:
     with torch.no_grad():
         next(backbone.parameters()).fill_(torch.nan)
     with pytest.raises(DataError, match="NaN or infinite: its training diverged"):
-        Embedder(backbone)(first_batch(traits))
+        ClipEmbedder(backbone)(first_batch(traits))
 
 
 # --- atlas ----------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def test_parcels_from_a_file_are_those_of_the_array(traits: Store, tmp_path: Pat
     path = write_atlas(tmp_path / "a.nii.gz", labels, np.array(traits.runs[0].affine))
     table = windows(traits)
     found = [
-        Embedder(encoder(), pool="parcel", atlas=atlas).embed_table(table, DATA, level="run")
+        ClipEmbedder(encoder(), pool="parcel", atlas=atlas).embed_table(table, DATA, level="run")
         for atlas in (path, labels, torch.from_numpy(labels), Atlas.of(labels))
     ]
     for other in found[1:]:
@@ -292,7 +294,7 @@ def test_parcels_without_brain_are_nan_and_said(
         "neuromamba", **{**ENCODERS["neuromamba"], "patch_size": [1, 1, 2, 2]}
     )
     labels[0], labels[1] = 7, 1
-    found = Embedder(backbone, pool="parcel", atlas=labels).embed_table(windows(traits), DATA)
+    found = ClipEmbedder(backbone, pool="parcel", atlas=labels).embed_table(windows(traits), DATA)
     assert found.about["parcels"] == [1, 7]
     assert np.isfinite(found.values[:, 0]).all() and np.isnan(found.values[:, 1]).all()
     assert "1 of 2 parcels lie outside the brain of some rows, where they are NaN: 7" in caplog.text
@@ -306,7 +308,7 @@ def test_atlases_that_do_not_fit_are_refused(traits: Store, tmp_path: Path) -> N
     flipped[0, 0] *= -1
 
     def run(atlas: Any) -> None:
-        Embedder(encoder(), pool="parcel", atlas=atlas).embed_table(windows(traits), DATA)
+        ClipEmbedder(encoder(), pool="parcel", atlas=atlas).embed_table(windows(traits), DATA)
 
     for name, wrong in (("moved", moved), ("flipped", flipped)):
         path = write_atlas(tmp_path / f"{name}.nii", labels, wrong)
@@ -328,7 +330,7 @@ def test_atlases_that_do_not_fit_are_refused(traits: Store, tmp_path: Path) -> N
     with pytest.raises(DataError, match="cannot be read as NIfTI"):
         run(tmp_path / "absent.nii")
     with pytest.raises(DataError, match=r"the clips have \(6, 6, 4\)"):
-        Embedder(encoder(), pool="parcel", atlas=labels[1:])(first_batch(traits))
+        ClipEmbedder(encoder(), pool="parcel", atlas=labels[1:])(first_batch(traits))
 
 
 @pytest.mark.parametrize(
@@ -342,14 +344,14 @@ def test_atlases_that_do_not_fit_are_refused(traits: Store, tmp_path: Path) -> N
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        Embedder(encoder(), **settings)
+        ClipEmbedder(encoder(), **settings)
 
 
 def test_other_bad_input_is_refused(traits: Store) -> None:
     with pytest.raises(RecipeError, match="Linear is neither a backbone nor a model with one"):
-        Embedder(nn.Linear(2, 2))
+        ClipEmbedder(nn.Linear(2, 2))
     with pytest.raises(RecipeError, match="level='subjects' is not known"):
-        Embedder(encoder()).embed_table(windows(traits), DATA, level="subjects")
+        ClipEmbedder(encoder()).embed_table(windows(traits), DATA, level="subjects")
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -422,7 +424,7 @@ def test_one_call(run: Path, traits: Store, tmp_path: Path) -> None:
     assert read.rows == found.rows and read.about == found.about
     model = fmrizoo.load(run)
     runs = [traits[r.run] for r in found.rows]
-    again = Embedder(model).embed_store(traits, DATA, runs, level="subject")
+    again = ClipEmbedder(model).embed_store(traits, DATA, runs, level="subject")
     np.testing.assert_allclose(again.values, found.values, atol=1e-6)
     assert len(read.about["weights_sha256"]) == 64
     # Everything can be said otherwise.
@@ -439,12 +441,29 @@ def test_one_call(run: Path, traits: Store, tmp_path: Path) -> None:
     assert other.values.shape == (11, 4, 8) and other.about["clip_stride"] == 0.5
 
 
+def test_derivatives_hold_what_the_archive_does(run: Path, tmp_path: Path) -> None:
+    found = embed(
+        run, tmp_path / "e.npz", bids=tmp_path / "bids", level="run", part="test", device="cpu"
+    )
+    assert name_faults(tmp_path / "bids") == []
+    read = Embeddings.read(tmp_path / "e.npz")
+    for row, value in zip(read.rows, read.values, strict=True):
+        stem = f"sub-{row.subject}_task-rest_desc-swin4dSimmimMean_embedding"
+        path = tmp_path / "bids" / f"sub-{row.subject}" / "func" / f"{stem}.tsv"
+        cells = path.read_text().splitlines()[1].split("\t")
+        assert cells[:3] == [row.unit, "n/a", str(row.n_clips)]
+        np.testing.assert_array_equal(np.array(cells[3:], np.float32), value)
+        said = json.loads(path.with_suffix(".json").read_text())
+        assert said["WeightsSHA256"] == found.about["weights_sha256"]
+        assert said["Contract"] == found.about["contract"]
+
+
 def test_data_of_another_preprocessing_are_refused(run: Path, traits: Store) -> None:
-    embedder = Embedder(run)
+    embedder = ClipEmbedder(run)
     with pytest.raises(CheckpointError, match="normalization: expected znorm_minback, found voxel"):
         embedder.embed_store(traits, replace(DATA, normalization="voxel"), traits.runs[:1])
     contract = windows(traits).contract("znorm_minback")
-    given = Embedder(encoder(), contract=replace(contract, tr=0.8))
+    given = ClipEmbedder(encoder(), contract=replace(contract, tr=0.8))
     with pytest.raises(CheckpointError, match=r"model in memory was trained .*tr: expected 0\.8"):
         given.embed_store(traits, DATA, traits.runs[:1])
 
@@ -465,5 +484,7 @@ def test_bad_arguments_of_one_call(run: Path, tmp_path: Path) -> None:
         embed(tmp_path, out)
     with pytest.raises(DataError, match=r"name it \.npz"):
         embed(run, tmp_path / "e.txt")
+    with pytest.raises(DataError, match="nothing to write: give a file"):
+        embed(run, None)
     assert not out.exists()
     assert list(itertools.islice(tmp_path.glob("*.npz"), 1)) == []
