@@ -227,6 +227,27 @@ _WORKS = (
         "10.3389/fninf.2014.00014",
     ),
     Reference(
+        "holm1979",
+        ("Holm, S.",),
+        1979,
+        "A simple sequentially rejective multiple test procedure",
+        "Scandinavian Journal of Statistics",
+        "article",
+        "6",
+        "65–70",
+    ),
+    Reference(
+        "phipson2010permutation",
+        ("Phipson, B.", "Smyth, G. K."),
+        2010,
+        "Permutation P-values Should Never Be Zero: Calculating Exact P-values When Permutations "
+        "Are Randomly Drawn",
+        "Statistical Applications in Genetics and Molecular Biology",
+        "article",
+        "9",
+        "39",
+    ),
+    Reference(
         "haxby2001",
         (
             *("Haxby, J. V.", "Gobbini, M. I.", "Furey, M. L.", "Ishai, A.", "Schouten, J. L."),

@@ -96,7 +96,7 @@ def write_up(evidence: Evidence, tasks: Sequence[TaskReport]) -> WriteUp:
         ("Training", _training(evidence, cite)),
         ("Tasks and scores", " ".join(_tasks(evidence, tasks, cite))),
         ("Splits", _splits(evidence)),
-        ("Statistics", _statistics(tasks)),
+        ("Statistics", _statistics(tasks, cite)),
         ("Software", _software(evidence, tasks, cite)),
     )
     return WriteUp(tuple((name, said) for name, said in parts if said), cite.sorted())
@@ -218,7 +218,7 @@ def _splits(evidence: Evidence) -> str:
     )
 
 
-def _statistics(tasks: Sequence[TaskReport]) -> str:
+def _statistics(tasks: Sequence[TaskReport], cite: _Cited) -> str:
     found = dict.fromkeys(
         (gap.group, gap.n_groups, gap.n_units)
         for task in tasks
@@ -231,6 +231,13 @@ def _statistics(tasks: Sequence[TaskReport]) -> str:
         + (f"{groups} whole {group}s." if group != "unit" else "single units.")
         for group, groups, units in found
     ]
+    if said:
+        said.append(
+            "Paired p-values are of sign flips over the same groups (of the bootstrap for metrics "
+            f"that a single unit does not have), corrected after Holm{cite('holm1979')} over the "
+            "comparisons of a task; p-values against chance are of permuted labels"
+            f"{cite('phipson2010permutation')}."
+        )
     return " ".join(said)
 
 
