@@ -5,6 +5,7 @@ from fmrizoo.cli import data, store, training, models, zoo  # isort: skip
 from fmrizoo.cli import mup, mup_check, mup_transfer  # isort: skip
 from fmrizoo.cli import scaling, scaling_sweep  # isort: skip
 from fmrizoo.cli import plan, synth  # isort: skip
+from fmrizoo.cli import understanding  # isort: skip
 from fmrizoo.cli.shell import app, main
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "store",
     "synth",
     "training",
+    "understanding",
     "zoo",
 ]

@@ -67,8 +67,9 @@ class Voxels:
         out = self.values.new_empty(len(self.counts), self.grid.t, space)
         out[:] = self.background.to(out.dtype).view(-1, 1, 1)
         values = torch.split(self.values, list(self.counts), 1)
-        for clip, frames, index in zip(out, values, self.split(self.index), strict=True):
-            clip.index_copy_(1, index, frames)
+        # By number: autograd lets nobody write into the rows that iterating over `out` gives.
+        for clip, (frames, index) in enumerate(zip(values, self.split(self.index), strict=True)):
+            out[clip].index_copy_(1, index, frames)
         return out.view(-1, self.grid.t, *self.grid[:3]).permute(0, 2, 3, 4, 1).unsqueeze(1)
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
