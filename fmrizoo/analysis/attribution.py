@@ -202,7 +202,7 @@ def occlusion(
     full, empty = _ends(score, values, baseline)
     _, place, size = torch.unique(cube, return_inverse=True, return_counts=True)
     falls = []
-    for part in torch.arange(len(size), device=values.device).split(at_once):
+    for part in torch.split(torch.arange(len(size), device=values.device), at_once):
         gone = (place[None] == part[:, None])[:, None]
         falls.append(full - score(torch.where(gone, baseline[None], values[None])).double())
     fall = torch.cat(falls)

@@ -176,7 +176,9 @@ def _nanmean(maps: Array) -> Array:
     """Mean over the first axis of what is known; NaN where nothing is."""
     count = np.isfinite(maps).sum(0)
     total = np.nan_to_num(maps).sum(0)
-    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+    nothing = np.full(total.shape, np.nan)
+    mean: Array = np.divide(total, count, out=nothing, where=count > 0)
+    return mean
 
 
 def attribute_run(
@@ -204,10 +206,30 @@ def attribute_run(
 
     Raises:
         CheckpointError, RecipeError, DataError: see
-            :func:`fmrizoo.analysis.tested.open_tested`; also an unknown target or class, no
-            labelled clip, or runs whose voxels lie in different places.
+            :func:`fmrizoo.analysis.tested.open_tested` and :func:`attribute`.
     """
     opened = open_tested(run, part=part, device=device)
+    return attribute(
+        opened, settings, atlas=atlas, clips=clips, sanity_clips=sanity_clips, on_clip=on_clip
+    )
+
+
+def attribute(
+    opened: TestedRun,
+    settings: Settings,
+    *,
+    atlas: str | Path | None = None,
+    clips: int = 64,
+    sanity_clips: int = 4,
+    on_clip: OnClip | None = None,
+) -> Attribution:
+    """:func:`attribute_run` of a model and clips in memory.
+
+    Raises:
+        RecipeError: an unknown method, baseline, target or class.
+        DataError: no labelled clip, runs whose voxels lie in different places, or an atlas that
+            cannot be used.
+    """
     number = opened.target(settings.target)
     settings = replace(settings, target=opened.tasks[number].name)
     opened = replace(opened, table=thinned(_with_label(opened.table, number), clips))

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from fmrizoo.analysis.tested import (
     write_map,
     write_table,
 )
+from fmrizoo.data.batch import ClipFacts
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.evaluate import metrics
 from fmrizoo.evaluate.inference import unit_predictions
@@ -45,6 +46,7 @@ from fmrizoo.registry import suggest
 from fmrizoo.types import Voxels
 
 SCHEMA = "fmrizoo.lesion/1"
+OnRegion = Callable[[int, int, str], None]
 LESIONS = ("background", "mean", "surrogate")
 
 
@@ -85,7 +87,8 @@ def _surrogate(values: Tensor, seed: Sequence[int]) -> Tensor:
         phase[-1] = 0  # has no phase
     turn = torch.polar(torch.ones(len(phase)), torch.from_numpy(phase).float()).to(values.device)
     changed = torch.fft.rfft(values.float(), dim=0) * turn[:, None]
-    return torch.fft.irfft(changed, frames, dim=0).to(values.dtype)
+    found: Tensor = torch.fft.irfft(changed, frames, dim=0)
+    return found.to(values.dtype)
 
 
 def goodness(prediction: Prediction, kind: str) -> float:
@@ -174,31 +177,58 @@ def lesion_run(
     batch_size: int = 8,
     seed: int = 0,
     device: str = "auto",
-    on_region: Callable[[int, int, str], None] | None = None,
+    on_region: OnRegion | None = None,
+) -> Lesions:
+    """:func:`lesion_each` on clips of a part of a fine-tuned run's split.
+
+    Args:
+        run: Run folder of a fine-tuned model.
+        part: ``train``, ``validation`` or ``test``.
+        clips: At most so many, spread evenly; None: all.
+        device: ``auto``, ``cpu``, ``cuda`` or ``xpu``.
+        atlas, lesion, target, regions, batch_size, seed, on_region: See there.
+
+    Raises:
+        CheckpointError, RecipeError, DataError: see :func:`fmrizoo.analysis.tested.open_tested` and
+            :func:`lesion_each`.
+    """
+    opened = open_tested(run, part=part, clips=clips, device=device)
+    return lesion_each(
+        opened, atlas=atlas, lesion=lesion, target=target, regions=regions, batch_size=batch_size,
+        seed=seed, on_region=on_region,
+    )  # fmt: skip
+
+
+def lesion_each(
+    opened: TestedRun,
+    *,
+    atlas: str | Path,
+    lesion: str = "background",
+    target: str | None = None,
+    regions: Sequence[int] = (),
+    batch_size: int = 8,
+    seed: int = 0,
+    on_region: OnRegion | None = None,
 ) -> Lesions:
     """Lesion each region of an atlas in turn and predict all units anew.
 
     Args:
-        run: Run folder of a fine-tuned model.
+        opened: Model and clips.
         atlas: NIfTI of labels on the store's voxels, or ``cubes[:N]``.
         lesion: ``background``, ``mean`` or ``surrogate``.
         target: Name of the target; None: the first.
         regions: Labels to lesion; none: all.
-        part: ``train``, ``validation`` or ``test``.
-        clips: At most so many, spread evenly; None: all.
         batch_size: Clips at a time.
         seed: Of surrogates.
-        device: ``auto``, ``cpu``, ``cuda`` or ``xpu``.
         on_region: ``(done, total, name)``.
 
     Raises:
-        CheckpointError, RecipeError, DataError: see
-            :func:`fmrizoo.analysis.tested.open_tested` and :class:`Regions`; also an unknown
-            lesion, target or label, or no labelled unit.
+        RecipeError: an unknown lesion or target.
+        DataError: an atlas that cannot be used (see :class:`Regions`), an unknown label, or no
+            labelled unit.
     """
     if lesion not in LESIONS:
         raise RecipeError(f"lesion={lesion!r} is not known.{suggest(lesion, list(LESIONS))}")
-    opened = open_tested(run, part=part, clips=clips, device=device)
     task = opened.tasks[opened.target(target)]
     affine, brain = one_lattice(opened.table), brain_of(opened.table)
     found = Regions.of(atlas, opened.table.runs, brain)
@@ -268,7 +298,8 @@ def _predict(
 ) -> list[Prediction]:
     """Units of the run, with one region lesioned (None: intact)."""
     cells = labels.flatten().to(opened.device)
-    scores, facts = [], []
+    scores: list[Tensor] = []
+    facts: list[ClipFacts] = []
     for compact in opened.batches(batch_size):
         batch = compact.to_batch(opened.device)
         voxels = batch.voxels
@@ -278,7 +309,7 @@ def _predict(
             inside = cells[voxels.index] == label
             # Each clip keeps its phases whichever region is lesioned.
             voxels = lesioned(voxels, inside, how, seed, first=len(facts))
-        scores.append(opened.model.predict(replace(batch, bold=voxels)).float().cpu())
+        scores.append(opened.model.predict(replace(batch, bold=cast(Tensor, voxels))).float().cpu())
         facts += [sample.facts for sample in compact.samples]
     found = unit_predictions(torch.cat(scores), facts, opened.tasks)[target]
     if not found:

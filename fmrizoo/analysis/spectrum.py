@@ -10,8 +10,11 @@
 Both are biased on short courses, so that white noise of the same length is measured beside.
 
 A model that takes clips of a fixed length sees a run as clips one after the other without overlap,
-and its embeddings are joined. What it does differently at a clip's ends then comes back at
-multiples of ``1 / (clip's seconds)``; see also :mod:`fmrizoo.analysis.autocorrelation`.
+and its embeddings are joined. Whatever depends on the place within the clip (position embeddings,
+window borders) then repeats with the clip's length, in peaks that hide everything else. So each
+course's mean at each place within the clip is taken away, from embeddings, data and white noise
+alike, and its share of the variance is reported (by chance about one in the number of clips); see
+also :mod:`fmrizoo.analysis.autocorrelation`.
 """
 
 from __future__ import annotations
@@ -151,6 +154,9 @@ class Spectrum:
         clip_slots: Slots that the model sees at once.
         frequency: Hz.
         data_power, embedding_power: Mean over courses of unit variance and runs, per Hz.
+        joined_power: Of the embeddings with what repeats from clip to clip.
+        data_repeats, embedding_repeats: Share of the variance that repeats from clip to clip and
+            was taken away; 0 where a run is one clip.
         data_slope, embedding_slope, slope_difference: The last is embeddings minus data.
         data_hurst, embedding_hurst, hurst_difference: Likewise; DFA-1.
         white_slope, white_hurst: Of white noise of the same length: what is bias.
@@ -165,6 +171,9 @@ class Spectrum:
     frequency: tuple[float, ...]
     data_power: tuple[float, ...]
     embedding_power: tuple[float, ...]
+    joined_power: tuple[float, ...]
+    data_repeats: float
+    embedding_repeats: float
     data_slope: Exponent
     embedding_slope: Exponent
     slope_difference: Exponent
@@ -181,7 +190,9 @@ class Spectrum:
             f"slope {self.band[0]:g} to {self.band[1]:g} Hz: embeddings {self.embedding_slope}, "
             f"data {self.data_slope}, white noise {self.white_slope:+.2f}; Hurst exponent (DFA-1): "
             f"embeddings {self.embedding_hurst}, data {self.data_hurst}, white noise "
-            f"{self.white_hurst:+.2f}; {self.runs} runs of {self.slots} slots"
+            f"{self.white_hurst:+.2f}; {self.runs} × {self.slots} slots; taken away as it "
+            f"repeats with every clip: {100 * self.embedding_repeats:.0f} % of the embeddings, "
+            f"{100 * self.data_repeats:.0f} % of the data (variance)"
         )
 
 
@@ -255,19 +266,23 @@ def _summary(
     band: tuple[float, float] | None,
     clip_slots: int,
 ) -> Spectrum:
-    power: dict[str, Array] = {}
+    power: dict[str, Array] = {"joined": _mean_power(courses["embeddings"], seconds)}
+    repeats: dict[str, float] = {}
     slopes: dict[str, list[float]] = {}
     hursts: dict[str, list[float]] = {}
     slots = courses["data"][0].shape[1]
     for kind, runs in courses.items():
-        spectra = [welch(c, seconds) for c in runs]
+        rest, shares = zip(*(without_repeats(c, clip_slots) for c in runs), strict=True)
+        repeats[kind] = float(np.mean(shares))
+        spectra = [welch(c, seconds) for c in rest]
         frequency = spectra[0][0]
         # Nearest to 0, Welch's windows leak what they took away with the mean.
         used = band or (max(BAND[0], frequency[2]), min(BAND[1], frequency[-1]))
         power[kind] = np.mean([p for _, p in spectra], axis=0)
         slopes[kind] = [slope(f, p, used) for f, p in spectra]
-        hursts[kind] = [dfa(c) for c in runs]
-    white = np.random.default_rng(0).normal(size=(WHITE, slots))
+        hursts[kind] = [dfa(c) for c in rest]
+    noise = np.random.default_rng(0).normal(size=(WHITE, slots))
+    white, _ = without_repeats(noise, clip_slots)
 
     def differ(values: dict[str, list[float]]) -> Exponent:
         pairs = zip(values["embeddings"], values["data"], strict=True)
@@ -283,6 +298,9 @@ def _summary(
         frequency=tuple(frequency.tolist()),
         data_power=tuple(power["data"].tolist()),
         embedding_power=tuple(power["embeddings"].tolist()),
+        joined_power=tuple(power["joined"].tolist()),
+        data_repeats=repeats["data"],
+        embedding_repeats=repeats["embeddings"],
         data_slope=Exponent.of(slopes["data"], subjects),
         embedding_slope=Exponent.of(slopes["embeddings"], subjects),
         slope_difference=differ(slopes),
@@ -292,6 +310,37 @@ def _summary(
         white_slope=slope(*welch(white, seconds), used),
         white_hurst=dfa(white),
     )
+
+
+def _mean_power(runs: list[Array], seconds: float) -> Array:
+    mean: Array = np.mean([welch(c, seconds)[1] for c in runs], axis=0)
+    return mean
+
+
+def without_repeats(courses: Array, period: int) -> tuple[Array, float]:
+    """Courses ``(n, t)`` without the mean over repeats at each of ``period`` places in time.
+
+    A last repeat that is not whole counts where it is. With fewer than two, nothing is taken away.
+
+    Returns:
+        What is left, and the share of the courses' variance that was taken (mean over courses that
+        change).
+    """
+    slots = courses.shape[1]
+    if slots < 2 * period:
+        return courses, 0.0
+    x = courses.astype(np.float64)
+    x = x - x.mean(1, keepdims=True)
+    place = np.arange(slots) % period
+    which = (place[None] == np.arange(period)[:, None]).astype(np.float64)
+    mean = x @ (which / which.sum(1, keepdims=True)).T
+    rest = x - mean[:, place]
+    before, after = x.var(1), rest.var(1)
+    changing = before > 1e-12 * (courses.astype(np.float64) ** 2).mean(1)
+    if not changing.any():
+        raise DataError("nothing changes over time, so there is no spectrum")
+    share = 1 - after[changing] / before[changing]
+    return rest, float(share.mean())
 
 
 def spectrum_run(

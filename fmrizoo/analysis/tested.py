@@ -252,7 +252,8 @@ def write_map(path: Path, volume: NDArray[Any], affine: Any, about: str) -> None
     """Write ``volume (x, y, z)`` as float32 NIfTI with ``affine (4, 4)`` (voxel → RAS mm)."""
     import nibabel
 
-    image = nibabel.Nifti1Image(volume.astype(np.float32), np.array(affine, np.float64))
+    nifti: Any = nibabel.Nifti1Image
+    image = nifti(volume.astype(np.float32), np.array(affine, np.float64))
     image.header["descrip"] = about.encode("ascii", "replace")[:79]
     image.header.set_xyzt_units("mm")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,10 @@ def _write(figure: Figure, path: Path) -> None:
     write_atomic(path, out.getvalue())
 
 
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
+
+
 def similarity(found: Similarity, path: Path) -> None:
     """Heat maps of CKA and RSA, stage against stage."""
     from matplotlib.figure import Figure
@@ -36,9 +40,7 @@ def similarity(found: Similarity, path: Path) -> None:
     rows, columns = (len(names) for names in found.stages)
     numbers = max(rows, columns) <= 12
     with style():
-        figure = Figure(
-            figsize=(WIDTH, 1.5 + 2.8 * rows / max(columns, rows)), layout="constrained"
-        )
+        figure = Figure(figsize=(WIDTH, 1.0 + 2.6 * rows / columns), layout="constrained")
         for k, (name, table) in enumerate((("linear CKA", found.cka), ("RSA", found.rsa)), start=1):
             axes = figure.add_subplot(1, 2, k)
             values = np.array([[np.nan if v is None else v for v in row] for row in table])
@@ -58,7 +60,7 @@ def similarity(found: Similarity, path: Path) -> None:
                     color = INK if np.isnan(value) or value > 0.55 else "white"
                     axes.text(j, i, text, ha="center", va="center", color=color, fontsize=8.5)
             bar = figure.colorbar(image, ax=axes, shrink=0.8)
-            bar.outline.set_visible(False)  # type: ignore[operator]
+            bar.outline.set_visible(False)
         figure.suptitle(
             f"{found.clips} clips, features pooled by {found.pool}", fontsize=9, color=MUTED
         )
@@ -105,7 +107,9 @@ def attribution(found: Attribution, path: Path) -> None:
         bar.set_label("attribution (sum over frames)", fontsize=8.5)
         task = f"{found.settings.method}, {found.settings.target}"
         parts[0].suptitle(
-            f"{task}: {found.clips} clips of {found.subjects} subjects", fontsize=9, color=MUTED
+            f"{task}: {_many(found.clips, 'clip')} of {_many(found.subjects, 'subject')}",
+            fontsize=9,
+            color=MUTED,
         )
         if bars:
             _parcel_bars(parts[1].subplots(), bars)
@@ -167,6 +171,10 @@ def spectrum(found: Spectrum, path: Path) -> None:
         for name, power, slope, color, dash in curves:
             label = f"{name}: slope {slope.mean:+.2f}".replace("-", "−")
             axes.plot(found.frequency[1:], power[1:], color=color, ls=dash, lw=1.8, label=label)
+        if found.embedding_repeats > 0:
+            joined = found.joined_power[1:]
+            share = f"the same, with the {100 * found.embedding_repeats:.0f} % that repeat"
+            axes.plot(found.frequency[1:], joined, color=BLUE, lw=0.9, alpha=0.55, label=share)
         clip = 1 / (found.clip_slots * found.slot_seconds)
         if found.clip_slots < found.slots and clip < found.frequency[-1]:
             axes.axvline(clip, color=MUTED, lw=1, ls=(0, (1, 2)))
@@ -178,9 +186,9 @@ def spectrum(found: Spectrum, path: Path) -> None:
         axes.set_yscale("log")
         axes.set_xlabel("frequency (Hz); shaded: band of the fit")
         axes.set_ylabel("power of unit variance (1/Hz)")
-        axes.legend(loc="upper right", fontsize=8.5)
+        figure.legend(loc="outside upper right", ncols=3, fontsize=8.5)
         axes.set_title(
-            f"{found.backbone}, {found.runs} runs of {found.slots} slots", fontsize=9,
+            f"{found.backbone}, {_many(found.runs, 'run')} of {found.slots} slots", fontsize=9,
             color=MUTED, fontweight="normal",
         )  # fmt: skip
         _write(figure, path)
