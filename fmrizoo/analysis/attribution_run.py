@@ -23,6 +23,7 @@ from fmrizoo.analysis.tested import (
     Regions,
     TestedRun,
     brain_of,
+    many,
     one_lattice,
     open_tested,
     thinned,
@@ -133,7 +134,7 @@ class Attribution:
         """Completeness in plain words."""
         share = self.relative_error
         text = (
-            f"{self.clips} clips of {self.subjects} subjects: score − baseline "
+            f"{many(self.clips, 'clip')} of {many(self.subjects, 'subject')}: score − baseline "
             f"{self.difference:+.4g} on average, sum of attributions off by {self.error:.2g}"
         )
         text += f" ({100 * share:.2g} %)" if share is not None else ""

@@ -248,6 +248,11 @@ def interval(values: Array, groups: Sequence[str], seed: int = 0) -> tuple[float
     return float(low), float(high)
 
 
+def many(count: int, what: str) -> str:
+    """``1 clip``, ``2 clips``."""
+    return f"{count} {what}" + "s" * (count != 1)
+
+
 def write_map(path: Path, volume: NDArray[Any], affine: Any, about: str) -> None:
     """Write ``volume (x, y, z)`` as float32 NIfTI with ``affine (4, 4)`` (voxel → RAS mm)."""
     import nibabel

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fmrizoo.analysis.tested import many
 from fmrizoo.files import write_atomic
 from fmrizoo.report.figures import BLUE, INK, MUTED, RULE, VERMILLION, WIDTH, style
 
@@ -27,10 +28,6 @@ def _write(figure: Figure, path: Path) -> None:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=200, metadata={"Software": None})
     write_atomic(path, out.getvalue())
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}" + "s" * (count != 1)
 
 
 def similarity(found: Similarity, path: Path) -> None:
@@ -107,7 +104,7 @@ def attribution(found: Attribution, path: Path) -> None:
         bar.set_label("attribution (sum over frames)", fontsize=8.5)
         task = f"{found.settings.method}, {found.settings.target}"
         parts[0].suptitle(
-            f"{task}: {_many(found.clips, 'clip')} of {_many(found.subjects, 'subject')}",
+            f"{task}: {many(found.clips, 'clip')} of {many(found.subjects, 'subject')}",
             fontsize=9,
             color=MUTED,
         )
@@ -188,7 +185,7 @@ def spectrum(found: Spectrum, path: Path) -> None:
         axes.set_ylabel("power of unit variance (1/Hz)")
         figure.legend(loc="outside upper right", ncols=3, fontsize=8.5)
         axes.set_title(
-            f"{found.backbone}, {_many(found.runs, 'run')} of {found.slots} slots", fontsize=9,
+            f"{found.backbone}, {many(found.runs, 'run')} of {found.slots} slots", fontsize=9,
             color=MUTED, fontweight="normal",
         )  # fmt: skip
         _write(figure, path)

@@ -64,7 +64,7 @@ def probe(table: ClipTable, tasks: Sequence[TaskSpec]) -> DownstreamModel:
     """A linear probe of the mean over a clip's frames of every voxel, with weights 0."""
     backbone = Local(table.grid)
     head = LinearHead(LinearConfig(pool="space"), backbone=backbone, tasks=tasks)
-    nn.init.zeros_(head.linear.weight)
+    nn.init.zeros_(head.project.weight)
     return DownstreamModel(backbone, head).eval()
 
 
