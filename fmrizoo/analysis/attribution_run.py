@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,8 +38,11 @@ from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.model import DownstreamModel
 from fmrizoo.registry import suggest
 
+log = logging.getLogger(__name__)
+
 SCHEMA = "fmrizoo.attribution/1"
 Volumes = dict[str, Array]  # subject → (x, y, z), NaN outside the subject's brain
+TOLERATED = 0.05  # error of integrated gradients, as a share of the difference
 OnClip = Callable[[int, int, str], None]
 
 
@@ -244,7 +248,7 @@ def attribute(
         checks = _randomise(few, settings, number, on_clip)
     signed, absolute = sums.group()
     ends = np.array(sums.ends)
-    return Attribution(
+    found = Attribution(
         settings=settings,
         clips=len(ends),
         subjects=len(sums.subjects()),
@@ -260,6 +264,14 @@ def attribute(
         regions=regions.source if regions else "",
         _size=float(np.abs(ends[:, 0]).mean()),
     )
+    share = found.relative_error
+    if settings.method == "ig" and share is not None and share > TOLERATED:
+        log.warning(
+            "attributions miss %.0f %% of the difference of scores: take more steps than %d",
+            100 * share,
+            settings.steps,
+        )
+    return found
 
 
 def _with_label(table: ClipTable, target: int) -> ClipTable:
