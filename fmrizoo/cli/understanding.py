@@ -122,9 +122,9 @@ def attribution(
     figures.attribution(found, folder / "attribution.png")
     out.print(found.says, soft_wrap=True, highlight=False)
     if found.sanity:
-        each = ", ".join(f"{s.down_to} {_r(s.absolute)}" for s in found.sanity)
+        each = ", ".join(f"{s.down_to} {_r(s.signed)} ({_r(s.absolute)})" for s in found.sanity)
         out.print(
-            f"rank correlation with the map of a model randomised down to: {each}",
+            f"rank correlation, signed (absolute), with a model randomised down to: {each}",
             soft_wrap=True,
             highlight=False,
         )

@@ -75,8 +75,9 @@ def attribution(found: Attribution, path: Path) -> None:
     from matplotlib.figure import Figure
 
     brain = np.isfinite(found.absolute)
-    heights = np.flatnonzero(brain.any((0, 1)))
-    chosen = np.unique(heights[np.linspace(0, len(heights) - 1, SLICES).round().astype(int)])
+    # Slices with as many brain voxels between them: those at the ends show next to nothing.
+    filled = np.cumsum(brain.sum((0, 1))) / brain.sum()
+    chosen = np.unique(np.searchsorted(filled, (np.arange(SLICES) + 0.5) / SLICES))
     values = np.abs(found.signed[brain])
     limit = float(np.quantile(values, 0.995)) or 1.0
     box = [slice(w.min(), w.max() + 1) for w in np.where(brain.any(2))]
@@ -101,7 +102,7 @@ def attribution(found: Attribution, path: Path) -> None:
                 spine.set_visible(False)
         bar = parts[0].colorbar(image, ax=list(panels), shrink=0.8, pad=0.02)
         bar.outline.set_visible(False)
-        bar.set_label("attribution (sum over frames)", fontsize=8.5)
+        bar.set_label("attribution", fontsize=8.5)
         task = f"{found.settings.method}, {found.settings.target}"
         parts[0].suptitle(
             f"{task}: {many(found.clips, 'clip')} of {many(found.subjects, 'subject')}",

@@ -222,6 +222,16 @@ def test_a_trained_run_is_explained_from_its_folder(
     ):
         with pytest.raises(RecipeError, match=said):
             attribute_run(run, wrong, clips=1, sanity_clips=0)
+    labels = np.zeros((40, 20, 1), int)
+    labels[5:30, 5:15] = 4
+    atlas = save_atlas(tmp_path / "a.nii", labels, found.affine)
+    (tmp_path / "a.tsv").write_text("number\tname\n4\tfour\n")
+    with pytest.raises(DataError, match=r"a\.tsv: columns index and name needed"):
+        attribute_run(run, Settings(), clips=1, atlas=atlas)
+    labels[labels == 4], labels[0, 0] = 0, 4
+    outside = save_atlas(tmp_path / "b.nii", labels, found.affine)
+    with pytest.raises(DataError, match="no parcel within the brain"):
+        attribute_run(run, Settings(), clips=1, atlas=outside)
     with pytest.raises(DataError, match="cubes:N takes a positive number"):
         attribute_run(run, Settings(), clips=1, atlas="cubes:0")
     with pytest.raises(RecipeError, match="part='tests'"):

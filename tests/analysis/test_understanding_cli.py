@@ -69,7 +69,7 @@ def test_attribution(cli: Run, runs: Path, atlas: tuple[str, ...]) -> None:
     assert done.exit_code == 0
     text = " ".join(done.stdout.split())
     assert "2 clips of 1 subject: score − baseline" in text and "sum of attributions off by" in text
-    assert "randomised down to: head " in text
+    assert "with a model randomised down to: head " in text
     assert is_picture(Path("a/attribution.png"))
     assert Path("a/attribution_signed.nii.gz").is_file()
     assert Path("a/parcels.tsv").is_file() == bool(atlas)
