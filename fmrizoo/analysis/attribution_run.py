@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ class Attribution:
         per_subject: The same for each subject: signed and absolute.
         affine: Voxel → RAS mm.
         difference: Mean over clips of score minus baseline's score.
+        size: Mean over clips of |difference|.
         error: Mean over clips of |sum of attributions − difference|.
         worst: Largest |error| of a clip.
         sanity: Empty where it was not asked for.
@@ -120,6 +121,7 @@ class Attribution:
     per_subject: dict[str, tuple[Array, Array]]
     affine: Any
     difference: float
+    size: float
     error: float
     worst: float
     sanity: tuple[Sanity, ...] = ()
@@ -128,10 +130,8 @@ class Attribution:
 
     @property
     def relative_error(self) -> float | None:
-        """``error`` as a share of the mean |difference| of score and baseline."""
-        return self.error / self._size if self._size > 0 else None
-
-    _size: float = field(default=0.0, kw_only=True)
+        """``error`` as a share of ``size``; None: scores and baselines are equal."""
+        return self.error / self.size if self.size > 0 else None
 
     @property
     def says(self) -> str:
@@ -262,7 +262,7 @@ def attribute(
         sanity=checks,
         parcels=parcel_rows(signed, absolute, regions) if regions else (),
         regions=regions.source if regions else "",
-        _size=float(np.abs(ends[:, 0]).mean()),
+        size=float(np.abs(ends[:, 0]).mean()),
     )
     share = found.relative_error
     if settings.method == "ig" and share is not None and share > TOLERATED:
@@ -399,6 +399,7 @@ def write_attribution(folder: Path, found: Attribution) -> None:
         "subjects": found.subjects,
         "completeness": {
             "difference": found.difference,
+            "size": found.size,
             "error": found.error,
             "worst": found.worst,
             "relative_error": found.relative_error,
