@@ -48,10 +48,34 @@ def analyze_run(run: Path, *, clips: int = 32, frames: int | None = None) -> Aut
         CheckpointError: no model there, or data preprocessed in another way than the model expects.
         DataError: unusable data, or clips too short for an autocorrelation.
     """
+    recipe, backbone, batches = held_out(run, clips=clips, frames=frames)
+    found = measure(
+        backbone,
+        batches,
+        name=recipe.backbone.name,
+        window=temporal_window(recipe.backbone),
+    )
+    write_analysis(run, found)
+    return found
+
+
+def held_out(
+    run: Path, *, clips: int | None = 32, frames: int | None = None, runs: int | None = None
+) -> tuple[Recipe, Backbone, Iterator[Batch]]:
+    """A trained run's recipe, backbone and clips of runs it has not seen, one a batch.
+
+    See :func:`analyze_run` for which clips; ``clips`` None: all, one after the other in time.
+    ``runs``: at most so many, spread evenly.
+
+    Raises:
+        CheckpointError: no model there, or data preprocessed in another way than the model expects.
+        DataError: unusable data.
+    """
     from fmrizoo.trainer.export import check_contract, read_info
 
-    if clips < 1:
-        raise DataError(f"at least one clip is needed, got {clips}")
+    for least in (clips, runs):
+        if least is not None and least < 1:
+            raise DataError(f"at least one clip is needed, got {least}")
     folder = model_folder(run)
     recipe = load_recipe(run / "recipe.yaml")
     model = cast(PretrainingModel | DownstreamModel, load(run))
@@ -59,14 +83,18 @@ def analyze_run(run: Path, *, clips: int = 32, frames: int | None = None) -> Aut
     table = _table(run, recipe, backbone, frames)
     found_contract = table.contract(recipe.data.normalization)
     check_contract(read_info(folder).contract, found_contract, folder, table.store.path)
-    found = measure(
-        backbone,
-        _batches(_spread(table, clips), recipe),
-        name=recipe.backbone.name,
-        window=temporal_window(recipe.backbone),
-    )
-    write_analysis(run, found)
-    return found
+    if runs is not None:
+        table = _some_runs(table, runs)
+    return recipe, backbone, _batches(_spread(table, clips) if clips else table, recipe)
+
+
+def _some_runs(table: ClipTable, runs: int) -> ClipTable:
+    """All clips of at most ``runs`` runs, evenly over the table."""
+    numbers = np.unique(table.run)
+    if len(numbers) <= runs:
+        return table
+    kept = np.isin(table.run, numbers[np.linspace(0, len(numbers) - 1, runs).round().astype(int)])
+    return replace(table, run=table.run[kept], start=table.start[kept])
 
 
 def _held_out(run: Path, store: Store) -> list[RunInfo]:

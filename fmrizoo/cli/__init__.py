@@ -6,6 +6,7 @@ from fmrizoo.cli import mup, mup_check, mup_transfer  # isort: skip
 from fmrizoo.cli import scaling, scaling_sweep  # isort: skip
 from fmrizoo.cli import ablate  # isort: skip
 from fmrizoo.cli import plan, synth  # isort: skip
+from fmrizoo.cli import understanding  # isort: skip
 from fmrizoo.cli.shell import app, main
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "store",
     "synth",
     "training",
+    "understanding",
     "zoo",
 ]

@@ -113,8 +113,10 @@ class Voxels:
         else:
             out = self.values.new_empty(shape)
             out[:] = self.background.to(out.dtype).view(-1, 1, 1)
-            for clip, frames, index in zip(out, values, self.split(self.index), strict=True):
-                clip.index_copy_(1, index, frames)
+            # By number: autograd lets nobody write into the rows that iterating over it gives.
+            pairs = zip(values, self.split(self.index), strict=True)
+            for clip, (frames, index) in enumerate(pairs):
+                out[clip].index_copy_(1, index, frames)
         return out.view(-1, self.grid.t, *self.grid[:3]).permute(0, 2, 3, 4, 1).unsqueeze(1)
 
     def _fill(self, out: Tensor, values: Sequence[Tensor]) -> None:
