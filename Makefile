@@ -44,6 +44,8 @@ bench: install
 	$(BIN)/python benchmarks/backbones.py
 	$(BIN)/python benchmarks/heads.py --precision fp32 bf16
 	$(BIN)/python benchmarks/io.py
+	$(BIN)/python benchmarks/number_formats.py
+	$(BIN)/python benchmarks/ablation_truth.py
 
 clean:
 	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache
