@@ -96,7 +96,7 @@ def summarize(results: Sequence[Result]) -> Row:
         name=first.name,
         task=first.task,
         spreads={m: spread(scored, m) for m in metrics.names(first.task.kind)},
-        n_units=max((sum(r.n_test for r in scored if r.seed == s) for s in seeds), default=0),
+        n_units=max((_units([r for r in scored if r.seed == s]) for s in seeds), default=0),
         n_seeds=len(seeds),
         n_folds=max(map(len, folds), default=0),
         complete=len({tuple(fold for fold, _ in f) for f in folds}) <= 1,
@@ -108,6 +108,14 @@ def summarize(results: Sequence[Result]) -> Row:
         results=tuple(results),
         head=first.head,
     )
+
+
+def _units(results: Sequence[Result]) -> int:
+    """Test units of one seed's results: a fold that was drawn again tests the same people."""
+    by_fold: dict[int, int] = {}
+    for r in results:
+        by_fold[r.fold] = max(r.n_test, by_fold.get(r.fold, 0))
+    return sum(by_fold.values())
 
 
 def spread(results: Sequence[Result], metric: str) -> Spread | None:

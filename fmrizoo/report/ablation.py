@@ -126,11 +126,12 @@ def _shown(found: Ablation, line: Line) -> Shown:
 
 
 def _pair(one: Comparison, several: bool) -> tuple[str, ...]:
-    """Names, column, difference, interval, p, Holm's p, answer."""
+    """Names, column, difference, interval, p, Holm's p, p over folds, answer."""
     gap = one.gap
     interval = f"{signed(gap.low)} … {signed(gap.high)}"
     column = one.column.name if several else ""
-    values = (signed(gap.mean), interval, p_words(gap.p), p_words(one.adjusted), one.better)
+    folds = "–" if one.resampled is None else p_words(one.resampled)
+    values = (signed(gap.mean), interval, p_words(gap.p), p_words(one.adjusted), folds, one.better)
     return (f"{one.first} − {one.second}", column, *values)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from fmrizoo.evaluate.predictions import Prediction, evaluate, write_predictions
 from fmrizoo.evaluate.results import Result, TaskInfo, write_result
+from fmrizoo.evaluate.statistics import corrected_t
 from fmrizoo.files import write_json
 from fmrizoo.pipeline.ablation.cells import cells_of
 from fmrizoo.pipeline.ablation.chains import BASELINES, COST, DIVERGED, Tuning
@@ -36,8 +37,8 @@ RECIPE = [
 
 
 @cache
-def planned() -> Planned:
-    recipe, cells = cells_of("pretrain/swin4d_simmim", RECIPE)
+def planned(*more: str) -> Planned:
+    recipe, cells = cells_of("pretrain/swin4d_simmim", [*RECIPE, *more])
     return Planned(recipe, cells, chains_of(recipe, cells))
 
 
@@ -45,7 +46,8 @@ def write(out: Path, tuning: Tuning, skill: float, *, name: str = "", folder: st
     """Predictions that are right in a share ``skill`` of all units, or off by 10 · (1 − skill)."""
     spec = SEX if tuning.task == "sex" else AGE
     fold, seed = tuning.recipe.split.fold, tuning.recipe.train.seed
-    rng = np.random.default_rng([seed, fold, int(1000 * skill)])
+    draw = tuning.recipe.split.seed
+    rng = np.random.default_rng([seed, fold, int(1000 * skill), draw])
     rows = []
     for k in range(UNITS // 5):
         unit = f"sub-{fold}{k:02d}"
@@ -68,7 +70,7 @@ def write(out: Path, tuning: Tuning, skill: float, *, name: str = "", folder: st
         chance=0.5,
         metrics=scored.values,
         seconds=3.0,
-        split_sha=f"sha{fold}",
+        split_sha=f"sha{fold}-{draw}",
     )
     place = out / tuning.folder / folder
     place.mkdir(parents=True)
@@ -81,9 +83,9 @@ def note(path: Path, values: dict[str, object]) -> None:
     write_json(path, values)
 
 
-def filled(out: Path, skill: Callable[[Tuning], float | None]) -> Found:
+def filled(out: Path, skill: Callable[[Tuning], float | None], *more: str) -> Found:
     """An ablation in which every fine-tuning has the skill that ``skill`` says; None: diverged."""
-    plan = planned()
+    plan = planned(*more)
     for chain in plan.chains:
         if chain.pretraining is not None:
             note(out / chain.name / COST, {"seconds": 7.0, "steps": 1})
@@ -144,6 +146,28 @@ def test_a_cell_with_gaps_says_so_and_is_not_ranked(tmp_path: Path) -> None:
     assert best.standing["all"].rank is None and best.standing["all"].missing == ("age",)
     assert best.standing["clinic"].rank == 1
     assert {line.standing["all"].rank for line in found.table.of("cell")} == {None, 1, 2}
+
+
+def test_repeated_folds_are_compared_by_the_corrected_t_test(tmp_path: Path) -> None:
+    once = filled(tmp_path / "once", better_at_09)
+    assert {pair.resampled for pair in once.pairs} == {None}
+    twice = filled(tmp_path / "twice", better_at_09, "ablate.repeats=2")
+    p = {(c.first, c.second, c.column.name): c.resampled for c in twice.pairs}
+    better, same = p["MR 0.9", "reference", "sex"], p["MR 0.2", "reference", "sex"]
+    assert better is not None and same is not None and better < 0.01 < 0.05 < same
+    column = twice.table.columns[0]
+    lines = {line.name: line.rows[column.name] for line in twice.table.lines}
+    assert lines["reference"].n_units == UNITS
+    gaps = []
+    for fold, sha in sorted({(r.fold, r.split_sha) for r in lines["reference"].results}):
+        own = [
+            [r.metrics["accuracy"] or 0.0 for r in lines[name].results if r.split_sha == sha]
+            for name in ("MR 0.9", "reference")
+        ]
+        assert fold in range(5) and len(own[0]) == SEEDS
+        gaps.append(float(np.mean(own[0]) - np.mean(own[1])))
+    assert len(gaps) == 10
+    assert better == corrected_t(gaps, UNITS * 4 / 5, UNITS / 5).p
 
 
 def test_files_hold_the_table(tmp_path: Path) -> None:

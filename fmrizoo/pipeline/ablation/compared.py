@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fmrizoo.evaluate.statistics import Paired, holm, paired
+from fmrizoo.evaluate.statistics import Paired, corrected_t, holm, paired
 from fmrizoo.pipeline.ablation.results import Ablation, Column, Line
 
 ALPHA = 0.05
@@ -21,6 +21,8 @@ class Comparison:
         column: Of the table.
         gap: First minus second, on the units that both predicted.
         adjusted: ``gap.p`` after Holm's correction over all pairs of the column.
+        resampled: p of the corrected t-test over folds (Nadeau & Bengio 2003), which speaks about
+            other trainings, where ``gap.p`` speaks about other people; None without repeated folds.
         better: Whether the first is better: ``yes``, ``no, worse`` or ``not clear``.
     """
 
@@ -29,6 +31,7 @@ class Comparison:
     column: Column
     gap: Paired
     adjusted: float
+    resampled: float | None = None
 
     @property
     def better(self) -> str:
@@ -45,6 +48,7 @@ class Comparison:
             "metric": self.column.metric,
             **asdict(self.gap),
             "p_holm": self.adjusted,
+            "p_resampled": self.resampled,
             "better": self.better,
         }
 
@@ -64,7 +68,7 @@ def compare(found: Ablation) -> list[Comparison]:
         ]
         adjusted = holm([gap.p for *_, gap in gaps])
         comparisons += [
-            Comparison(one.name, two.name, column, gap, p)
+            Comparison(one.name, two.name, column, gap, p, _resampled(one, two, column))
             for (one, two, gap), p in zip(gaps, adjusted, strict=True)
         ]
     return comparisons
@@ -75,6 +79,27 @@ def _gap(one: Line, two: Line, column: Column) -> Paired | None:
         return None
     first, second = one.tables[column.name], two.tables[column.name]
     return paired(first, second, column.kind, column.metric)
+
+
+def _resampled(one: Line, two: Line, column: Column) -> float | None:
+    """p of the corrected t-test over all folds of at least two repetitions, seeds averaged."""
+    first, second = (_by_fold(line, column) for line in (one, two))
+    folds = first.keys() & second.keys()
+    if len(folds) <= len({fold for fold, _ in folds}):  # each fold was drawn once
+        return None
+    gaps = [first[where][0] - second[where][0] for where in sorted(folds)]
+    tested = sum(first[where][1] for where in folds) / len(folds)
+    return corrected_t(gaps, one.rows[column.name].n_units - tested, tested).p
+
+
+def _by_fold(line: Line, column: Column) -> dict[tuple[int, str], tuple[float, int]]:
+    """(fold, split) → (mean of the metric over seeds, test units)."""
+    found: dict[tuple[int, str], list[tuple[float, int]]] = {}
+    for result in line.rows[column.name].results:
+        value = result.metrics[column.metric]
+        if value is not None:
+            found.setdefault((result.fold, result.split_sha), []).append((value, result.n_test))
+    return {where: (sum(v for v, _ in own) / len(own), own[0][1]) for where, own in found.items()}
 
 
 def _pairs(found: Ablation) -> Iterator[tuple[Line, Line]]:
