@@ -9,6 +9,7 @@ else runs where there are five, else single units. See docs/evaluation.md for wh
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
 from fmrizoo.evaluate.permutation import permutation_p as permutation_p
 from fmrizoo.evaluate.predictions import Prediction, answered
-from fmrizoo.evaluate.resampled import CELLS, TIE, Tables, distinct, plain, together
+from fmrizoo.evaluate.resampled import CELLS, TIE, Tables, distinct, plain, together, widening
 
 Array = NDArray[np.float64]
 MIN_GROUPS = 5  # of subjects (or runs) to be drawn whole
@@ -170,6 +171,9 @@ def paired(
     (b + 1) / (m + 1)). Other metrics have no value of one unit: p is 2 · min(share of bootstrap
     differences ≤ 0, ≥ 0), each (b + 1) / (m + 1). Tables of several seeds are averaged.
 
+    Units of different folds are not independent: over several folds, spreads are √2 wider; see
+    :func:`fmrizoo.evaluate.resampled.widening`.
+
     Returns:
         None where the rows share fewer than two units, or do not both have the metric.
     """
@@ -179,7 +183,7 @@ def paired(
     first = [own for t in first_tables if (own := [p for p in t if p.unit in shared])]
     second = [own for t in second_tables if (own := [p for p in t if p.unit in shared])]
     group, names = _grouping(distinct(first))
-    groups = len(set(names.values()))
+    groups, wide = len(set(names.values())), widening(first)
     if metric in ("accuracy", "mae") and metric in metrics.names(kind):
         a, b = _unit_scores(first, kind, metric), _unit_scores(second, kind, metric)
         delta = np.array([a[u] - b[u] for u in names])
@@ -188,9 +192,10 @@ def paired(
         size = np.bincount(index).astype(np.float64)
         draw = _draws(names, draws, seed)
         means = np.concatenate([(c @ total) / (c @ size) for c in draw(first)])
-        low, high = np.quantile(means, LEVEL)
-        p = sign_flip(total, draws=draws, seed=seed)
-        return Paired(float(delta.mean()), float(low), float(high), p, len(delta), groups, group)
+        mean = float(delta.mean())
+        low, high = mean + wide * (np.quantile(means, LEVEL) - mean)
+        p = sign_flip(total, draws=draws, seed=seed, wide=wide)
+        return Paired(mean, float(low), float(high), p, len(delta), groups, group)
     one, two = plain(first, kind, metric), plain(second, kind, metric)
     if one is None or two is None:
         return None
@@ -205,10 +210,12 @@ def paired(
     gaps = gaps[np.isfinite(gaps)]
     if len(gaps) * 2 < draws:
         return None
+    mean = one - two
+    gaps = mean + wide * (gaps - mean)
     low, high = np.quantile(gaps, LEVEL)
     least = min(int((gaps <= TIE).sum()), int((gaps >= -TIE).sum()))
     p = min(1.0, 2 * (least + 1) / (len(gaps) + 1))
-    return Paired(one - two, float(low), float(high), p, len(shared), groups, group)
+    return Paired(mean, float(low), float(high), p, len(shared), groups, group)
 
 
 def _unit_scores(tables: Tables, kind: str, metric: str) -> dict[str, float]:
@@ -224,22 +231,29 @@ def _unit_scores(tables: Tables, kind: str, metric: str) -> dict[str, float]:
     return {unit: float(np.mean(v)) for unit, v in found.items()}
 
 
-def sign_flip(totals: ArrayLike, *, draws: int = 4000, seed: int = 0) -> float:
+def sign_flip(totals: ArrayLike, *, draws: int = 4000, seed: int = 0, wide: float = 1.0) -> float:
     """Two-sided p that ``totals (groups,)`` have no sign: |Σ| against that with flipped signs.
 
-    Exact where there are at most ``draws`` patterns of signs, and the pattern as it is counts.
+    Compared are Student's t of the sums, those of flipped signs times ``wide`` (with 1 that is the
+    same as comparing the sums). Exact where there are at most ``draws`` patterns of signs, and the
+    pattern as it is counts.
     """
     x = np.asarray(totals, dtype=np.float64)
-    seen = abs(float(x.sum()))
-    slack = TIE * max(1.0, float(np.abs(x).sum()))
+    size = float(np.abs(x).sum())
+    if size == 0:
+        return 1.0
+    # t² ∝ Σ² / (n·Σx² − Σ²): with t_flipped·wide ≥ t seen, the sum beyond which a pattern counts.
+    seen, most = float(x.sum()) ** 2, x.size * float(x @ x)
+    least = math.sqrt(seen * most / (wide**2 * max(most - seen, 0.0) + seen))
+    slack = TIE * max(1.0, size)
     if 2**x.size <= draws:
         bits = np.arange(2**x.size)[:, None] >> np.arange(x.size) & 1
-        return float((np.abs((1 - 2 * bits) @ x) >= seen - slack).mean())
+        return float((np.abs((1 - 2 * bits) @ x) >= least - slack).mean())
     rng, above = np.random.default_rng(seed), 0
     step = max(1, CELLS // x.size)
     for start in range(0, draws, step):
         signs = 1 - 2 * rng.integers(0, 2, (min(step, draws - start), x.size), dtype=np.int8)
-        above += int((np.abs(signs @ x) >= seen - slack).sum())
+        above += int((np.abs(signs @ x) >= least - slack).sum())
     return (above + 1) / (draws + 1)
 
 

@@ -12,8 +12,9 @@ from scipy import stats
 from fmrizoo.errors import DataError
 from fmrizoo.evaluate import metrics
 from fmrizoo.evaluate.predictions import Prediction
-from fmrizoo.evaluate.resampled import resampled
+from fmrizoo.evaluate.resampled import resampled, widening
 from fmrizoo.evaluate.statistics import (
+    UNITWISE,
     corrected_t,
     holm,
     interval,
@@ -223,6 +224,65 @@ def _null(rng: np.random.Generator, design: str) -> list[list[Prediction]]:
             ]
         )
     return tables
+
+
+def of_people(y: np.ndarray, scores: np.ndarray, people: Sequence[int]) -> list[Prediction]:
+    """One unit a person."""
+    return [
+        Prediction(f"p{i}", f"p{i}", f"p{i}", float(t), tuple(own))
+        for i, t, own in zip(people, y, scores.tolist(), strict=True)
+    ]
+
+
+def cross_validated(
+    rng: np.random.Generator, y: np.ndarray, folds: int, kind: str
+) -> list[list[Prediction]]:
+    """Ridge regression on features that know nothing of ``y``, trained and tested fold by fold."""
+    x = rng.normal(size=(len(y), 100))
+    kernel, order, tables = x @ x.T / 100, rng.permutation(len(y)), []
+    for fold in range(folds):
+        test = order[fold::folds]
+        train = np.setdiff1d(order, test)
+        mean = y[train].mean()
+        inner = kernel[np.ix_(train, train)] + np.eye(len(train))
+        score = kernel[np.ix_(test, train)] @ np.linalg.solve(inner, y[train] - mean) + mean
+        scores = score[:, None]
+        if kind == "classification":
+            scores = np.stack([0.5 - score, score - 0.5], 1)
+        tables.append(of_people(y[test], scores, test.tolist()))
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"),
+    [("classification", "accuracy"), ("classification", "auroc"), ("regression", "pearson_r")],
+)
+def test_pooled_folds_that_know_nothing_are_rarely_called_better(kind: str, metric: str) -> None:
+    # Without widening about one in nine is: each fold's labels train the models of the others.
+    rng, chance, gaps = np.random.default_rng(5), [], []
+    for _ in range(250):
+        y = rng.permutation([0.0, 1.0] * 30) if kind == "classification" else rng.normal(size=60)
+        one, two = (cross_validated(rng, y, 4, kind) for _ in range(2))
+        p = permutation_p(one, kind, metric, draws=199)
+        gap = paired(one, two, kind, UNITWISE[kind], draws=400)
+        assert p is not None and gap is not None
+        chance.append(p)
+        gaps.append(gap.p)
+    assert not rejects(chance) and not rejects(gaps)
+
+
+def test_only_several_folds_widen() -> None:
+    rng = np.random.default_rng(0)
+    y, scores = drawn(rng, "classification", 40)
+    whole, again = of_people(y, scores, range(40)), of_people(y, scores, range(40))
+    half = [whole[:20], whole[20:]]
+    assert widening([whole, again]) == 1 and widening([whole[:30], whole[5:]]) == 1
+    assert widening(half) == pytest.approx(np.sqrt(2)) == widening([*half, [*half[0]]])
+    other = [of_people(y, rng.permutation(scores), range(40))]
+    narrow = paired([whole], other, "classification", "accuracy")
+    wide = paired(half, [other[0][:20], other[0][20:]], "classification", "accuracy")
+    assert narrow is not None and wide is not None and narrow.mean == wide.mean
+    assert wide.high - wide.low == pytest.approx(np.sqrt(2) * (narrow.high - narrow.low))
 
 
 def test_a_real_effect_has_the_smallest_p_there_is() -> None:

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 
 from fmrizoo.errors import DataError
+from fmrizoo.evaluate.predictions import read_predictions, write_predictions
 from fmrizoo.evaluate.results import read_result, write_result
 from fmrizoo.evaluate.summary import summarize
 from fmrizoo.report.collect import collect
 from fmrizoo.report.html import write_report
 from fmrizoo.report.reconstruction import fill_errors, read_picture
 from fmrizoo.report.words import number, task_reports
+from fmrizoo.types import TaskSpec
 
 
 class Page(HTMLParser):
@@ -123,12 +126,15 @@ def test_a_winning_model_is_the_headline(tree: Path, tmp_path: Path) -> None:
     for path in list((tmp_path / "baselines").rglob("results.json")):
         if path.parent.name in ("PCA", "Voxels", "ROI"):
             shutil.rmtree(path.parent)
-    for fold in range(3):  # the weakest model becomes the only baseline
+    for fold in range(3):  # the weakest model, which mixes events up, becomes the only baseline
         source = tree / "finetune" / "3" / f"fold-{fold}-seed-0"
         folder = shutil.copytree(source, tmp_path / "baselines" / f"weak-{fold}")
         values = json.loads((folder / "results.json").read_text())
         values |= {"kind": "baseline", "name": "Weak", "init": None, "train_encoder": None}
         (folder / "results.json").write_text(json.dumps(values))
+        rows, classes = read_predictions(folder / "predictions.tsv")
+        mixed = [replace(p, scores=rows[i - 1].scores) for i, p in enumerate(rows)]
+        write_predictions(folder / "predictions.tsv", mixed, TaskSpec("classification", classes))
     (verdict,) = [t.verdict for t in task_reports(collect([tmp_path]))]
     assert verdict.headline.startswith("A model wins: Swin 4D, pretrained is ahead of Weak")
     assert verdict.pairs[0].answer == "yes"
