@@ -134,12 +134,18 @@ def test_other_recipes_under_fold_names_are_not_merged(six: Path, tmp_path: Path
     assert [len(g) for g in groups] == [3, 1]  # held-out runs differ: not compared
 
 
+PASTED = ["<b>Methods and references as text</b>", "<b>References as BibTeX</b>"]
+
+
 def test_details_are_closed_and_every_run_is_on_the_page(page: str) -> None:
     parsed = Page(page)
     assert parsed.open == []
-    assert parsed.tags.count("details") == 7 + 3
-    assert "<details open" not in page
+    # Ten runs, and the text and BibTeX to paste, of which the text is open.
+    assert parsed.tags.count("details") == 7 + 3 + 2
+    assert re.findall(r"<details open><summary>(.*?)</summary>", page) == [PASTED[0]]
     summaries = re.findall(r"<summary>(.*?)</summary>", page)
+    assert summaries[-2:] == PASTED
+    summaries = summaries[:-2]
     assert all("On this clip" in s for s in summaries)
     for backbone in BACKBONES:
         for objective in OBJECTIVES:
@@ -175,7 +181,10 @@ def test_one_recipe_has_nothing_beside_it(six: Path, tmp_path: Path) -> None:
     html = (tmp_path / "r.html").read_text()
     assert "Pretraining side by side" not in html
     assert "<h3>Pretraining</h3>" in html
-    assert "<details>" not in html and "What the pretrained model fills in" in html
+    assert (
+        re.findall(r"<summary>(.*?)</summary>", html) == PASTED
+        and "What the pretrained model fills in" in html
+    )
 
 
 def test_pictures_of_an_objective_share_their_colours_and_fit_the_page(six: Path) -> None:
