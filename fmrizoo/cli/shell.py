@@ -93,10 +93,25 @@ def main() -> None:
 
 
 def _end(code: int) -> NoReturn:
+    _leave_code(code)
     device = sys.modules.get("fmrizoo.trainer.device")
     if device is not None:
         device.end_rank(code)
     sys.exit(code)
+
+
+def _leave_code(code: int) -> None:
+    """Write the exit code to ``FMRIZOO_EXIT_FILE`` if that is set (rank 0 only).
+
+    Launchers differ in what they make of their ranks' exit codes; a job script needs the real one.
+    """
+    path = os.environ.get("FMRIZOO_EXIT_FILE")
+    if not path:
+        return
+    from fmrizoo.trainer.device import discover
+
+    if discover().main:
+        Path(path).write_text(f"{code}\n", encoding="utf-8")
 
 
 def _version(asked: bool) -> None:
