@@ -16,13 +16,12 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fmrizoo import __version__
+from fmrizoo.errors import INTERRUPTED as INTERRUPTED
 from fmrizoo.errors import FmrizooError
 
 # Read when torch is first imported: threads that wait for work sleep. Spinning, they slow work on
 # two threads down many times as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again to go on
 
 app = typer.Typer(
     help="Foundation models for functional MRI.",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from fmrizoo import __version__
 from fmrizoo.cluster.schedulers import Scheduler, aurora_cores, scheduler
-from fmrizoo.errors import RecipeError
+from fmrizoo.errors import INTERRUPTED, RecipeError
 
 if TYPE_CHECKING:
     from fmrizoo.config import Recipe
@@ -30,7 +30,6 @@ COMMANDS = {
     "transfer": ("mup", "transfer"),
 }
 ARRAYS = ("ablate", "sweep", "transfer")
-INTERRUPTED = 75  # the exit code of fmrizoo.cli.shell that says: run the same command again
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,14}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmrizoo.errors import TrainingError
+from fmrizoo.errors import INTERRUPTED, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -325,8 +325,9 @@ def end_rank(code: int) -> None:
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    if code == 0:
-        # All ranks are here: none may close its connections while another still talks to it.
+    if code in (0, INTERRUPTED):
+        # All ranks are here: none may close its connections while another still talks to it, and
+        # none may end before rank 0 has: launchers kill the others of a rank that ends with 75.
         dist.barrier()
         dist.destroy_process_group()
     logging.shutdown()

@@ -21,15 +21,20 @@ while [[ "$1" == --* ]]; do
   echo "srun $1" >> "$LOG/calls"
   shift
 done
+started=()
+for ((rank = 0; rank < tasks; rank++)); do
+  SLURM_PROCID=$rank SLURM_LOCALID=$((rank % each)) SLURM_NODEID=$((rank / each)) \
+    SLURM_NTASKS=$tasks SLURM_STEP_NUM_TASKS=$tasks SLURM_STEP_ID=0 SLURM_NNODES=$nodes \
+    SLURM_STEP_NODELIST="$SLURM_JOB_NODELIST" "$@" &
+  started+=($!)
+  echo "$!" >> "$LOG/ranks"
+done
 worst=0
-for ((node = 0; node < nodes; node++)); do
-  for ((local = 0; local < each; local++)); do
-    SLURM_PROCID=$((node * each + local)) SLURM_LOCALID=$local SLURM_NODEID=$node \
-      SLURM_NTASKS=$tasks SLURM_STEP_NUM_TASKS=$tasks SLURM_STEP_ID=0 \
-      SLURM_STEP_NODELIST="$SLURM_JOB_NODELIST" "$@"
-    code=$?
-    [ "$code" -gt "$worst" ] && worst=$code
-  done
+for process in "${started[@]}"; do
+  wait "$process"
+  code=$?
+  echo "$code" >> "$LOG/ended"
+  [ "$code" -gt "$worst" ] && worst=$code
 done
 exit "$worst"
 """

