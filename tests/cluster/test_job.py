@@ -284,6 +284,22 @@ def test_what_cannot_run_is_refused(change: dict[str, Any], message: str) -> Non
         script(replace(SIX, **change))
 
 
+def test_rank_0_leaves_its_exit_code(tmp_path: Path) -> None:
+    path = tmp_path / "code"
+    # An engine of an earlier test leaves RANK and WORLD_SIZE behind.
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    for rank, left in (("1", None), ("0", "1\n")):
+        ranks = {"SLURM_PROCID": rank, "SLURM_NTASKS": "2", "SLURM_LOCALID": rank}
+        done = subprocess.run(
+            [sys.executable, "-m", "fmrizoo", "job", "lsf", DEMO, "--nodes", "1"],
+            env={**clean, **ranks, "SLURM_STEP_ID": "0", "FMRIZOO_EXIT_FILE": str(path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 1 and "no scheduler 'lsf'" in done.stderr
+        assert (path.read_text() if path.exists() else None) == left
+
+
 def test_command_line(tmp_path: Path) -> None:
     words = ["job", "slurm", DEMO, *BATCH, "--nodes", "2", "--ranks", "3"]
     shown = CliRunner().invoke(app, words)
