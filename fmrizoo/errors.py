@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+INTERRUPTED = 75  # exit code (EX_TEMPFAIL): run the same command again to go on
+
 
 class FmrizooError(Exception):
     """Base of every error that fmrizoo raises on purpose."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,6 +49,7 @@ def ablate(
     from fmrizoo.pipeline.ablation import plan
     from fmrizoo.pipeline.ablation.results import HTML
     from fmrizoo.pipeline.ablation.run import missing
+    from fmrizoo.pipeline.pool import part_of
     from fmrizoo.report.ablation import clear_sentences, write_ablation
 
     share = numbered_part(part)
@@ -66,8 +68,9 @@ def ablate(
         return
     if found is None:
         left = missing(planned, folder)
-        if share is not None and left:
-            _say(f"part {part} is done or stopped; {len(left)} of all results are left")
+        own = planned if share is None else replace(planned, chains=part_of(planned.chains, share))
+        if left and not missing(own, folder):
+            _say(f"part {part} is done; {len(left)} of all results are left")
             return
         err.print(
             f"interrupted: {len(left)} results are left; run the same command to go on",

@@ -16,13 +16,12 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fmrizoo import __version__
+from fmrizoo.errors import INTERRUPTED as INTERRUPTED
 from fmrizoo.errors import FmrizooError
 
 # Read when torch is first imported: threads that wait for work sleep. Spinning, they slow work on
 # two threads down many times as soon as anything else runs on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-INTERRUPTED = 75  # EX_TEMPFAIL: run the same command again to go on
 
 app = typer.Typer(
     help="Foundation models for functional MRI.",
@@ -93,10 +92,25 @@ def main() -> None:
 
 
 def _end(code: int) -> NoReturn:
+    _leave_code(code)
     device = sys.modules.get("fmrizoo.trainer.device")
     if device is not None:
         device.end_rank(code)
     sys.exit(code)
+
+
+def _leave_code(code: int) -> None:
+    """Write the exit code to ``FMRIZOO_EXIT_FILE`` if that is set (rank 0 only).
+
+    Launchers differ in what they make of their ranks' exit codes; a job script needs the real one.
+    """
+    path = os.environ.get("FMRIZOO_EXIT_FILE")
+    if not path:
+        return
+    from fmrizoo.trainer.device import discover
+
+    if discover().main:
+        Path(path).write_text(f"{code}\n", encoding="utf-8")
 
 
 def _version(asked: bool) -> None:

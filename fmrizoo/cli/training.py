@@ -146,13 +146,20 @@ def finetune(
     from fmrizoo.pipeline import finetune as run
 
     results: list[tuple[Path, Result]] = []
+    stopped: list[bool] = []
     given = _with_stage(overrides, stage)
     for job in _told_once(_jobs(recipe, given, folder, every_fold, seeds)):
         with progress(f"finetune {job.label}") as update:
-            result = run(job.recipe, job.folder, name=name, on_step=_step_note(update))
-        if result is None:
-            _stop_if_interrupted(_is_main(), job.folder)
-        else:
+            result = run(
+                job.recipe,
+                job.folder,
+                name=name,
+                on_step=_step_note(update),
+                on_interrupt=lambda: stopped.append(True),
+            )
+        # Every rank stops here: those without a result must not begin the next job.
+        _stop_if_interrupted(bool(stopped), job.folder)
+        if result is not None:
             results += _of(job.folder)
     _show_found(results)
 

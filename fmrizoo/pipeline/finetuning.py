@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,7 +50,12 @@ class _Labelled:
 
 
 def finetune(
-    recipe: Recipe, out: Path, *, name: str | None = None, on_step: OnStep | None = None
+    recipe: Recipe,
+    out: Path,
+    *,
+    name: str | None = None,
+    on_step: OnStep | None = None,
+    on_interrupt: Callable[[], None] | None = None,
 ) -> Result | None:
     """Train a head (and what it lets of the encoder train), then evaluate once on the test part.
 
@@ -58,6 +64,7 @@ def finetune(
         out: Run folder.
         name: Row name in tables; equal names are averaged over folds and seeds.
         on_step: Called after every optimizer step.
+        on_interrupt: Called on every rank if a signal stopped the training.
 
     Returns:
         The test result (of the first target; all are in the run folder); None on other ranks than
@@ -104,6 +111,8 @@ def finetune(
             features=features,
         )
     )
+    if result.interrupted and on_interrupt:
+        on_interrupt()
     if not world.main or result.model is None:
         return None
     tested = first_result(out, clips.tasks) if result.already_finished else None

@@ -17,29 +17,39 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmrizoo.errors import TrainingError
+from fmrizoo.errors import INTERRUPTED, TrainingError
 
 log = logging.getLogger(__name__)
 
-# Launchers from the most to the least specific: (what it is, rank, size, local rank candidates).
+# Launchers from the most to the least specific: (what it is, rank, sizes, local rank candidates).
 # MPI launchers come before SLURM because `mpirun` inside a SLURM job leaves the batch shell's
-# SLURM_PROCID=0 in the environment of every rank.
-_LAUNCHERS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
-    ("torchrun or deepspeed", "RANK", "WORLD_SIZE", ("LOCAL_RANK",)),
+# SLURM_PROCID=0 in the environment of every rank. PALS by itself comes after SLURM: srun on Cray
+# systems sets its PALS_RANKID too, and PALS tells no rank how many there are.
+_LAUNCHERS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("torchrun or deepspeed", "RANK", ("WORLD_SIZE",), ("LOCAL_RANK",)),
     (
         "Open MPI",
         "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
+        ("OMPI_COMM_WORLD_SIZE",),
         ("OMPI_COMM_WORLD_LOCAL_RANK",),
+    ),
+    (
+        "MVAPICH2",
+        "MV2_COMM_WORLD_RANK",
+        ("MV2_COMM_WORLD_SIZE",),
+        ("MV2_COMM_WORLD_LOCAL_RANK",),
     ),
     (
         "PMI",
         "PMI_RANK",
-        "PMI_SIZE",
+        ("PMI_SIZE",),
         ("PALS_LOCAL_RANKID", "PMI_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
     ),
-    ("SLURM", "SLURM_PROCID", "SLURM_NTASKS", ("SLURM_LOCALID",)),
+    ("SLURM", "SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), ("SLURM_LOCALID",)),
+    ("PALS", "PALS_RANKID", ("WORLD_SIZE",), ("PALS_LOCAL_RANKID",)),
 )
+# SLURM_STEP_ID of what is no job step of srun: interactive (salloc's shell), batch, extern.
+_NO_STEPS = ("4294967290", "4294967291", "4294967292")
 
 
 @dataclass(frozen=True)
@@ -81,21 +91,27 @@ def _number(env: Mapping[str, str], name: str) -> int:
 def discover(env: Mapping[str, str] | None = None) -> World:
     """Find this process's rank from its launcher's environment.
 
-    Known: torchrun and the deepspeed launcher (``RANK`` …), Open MPI, PMI and PALS (``mpiexec``
-    of MPICH, Intel MPI and Cray, as on Aurora), SLURM's ``srun``. Nothing of these: one process.
+    Known: torchrun and the deepspeed launcher (``RANK`` …), Open MPI, MVAPICH2, PMI (``mpiexec``
+    of MPICH and Intel MPI), PALS (Cray's ``mpiexec``, as on Aurora; without PMI variables it needs
+    ``WORLD_SIZE``), SLURM's ``srun``. Nothing of these: one process.
 
     Raises:
         TrainingError: a launcher's variables are incomplete or contradict.
     """
     env = os.environ if env is None else env
-    for launcher, rank, size, locals_ in _LAUNCHERS:
-        if rank not in env or size not in env:
+    for launcher, rank, sizes, locals_ in _LAUNCHERS:
+        size = next((name for name in sizes if name in env), None)
+        if rank not in env or (size is None and launcher != "PALS"):
             continue
+        if size is None:
+            # Each rank would take itself for the only one and write the same run folder.
+            raise TrainingError(
+                f"{launcher} gave {rank}={env[rank]} but not the number of processes: "
+                f"export WORLD_SIZE (nodes × processes a node) before mpiexec"
+            )
         if launcher == "SLURM" and _is_shell(env):
             continue
         world_size = _number(env, size)
-        if launcher == "SLURM" and "SLURM_STEP_NUM_TASKS" in env:
-            world_size = _number(env, "SLURM_STEP_NUM_TASKS")
         local = next((name for name in locals_ if name in env), None)
         if world_size == 1 and _number(env, rank) == 0:
             return World(local_rank=_number(env, local) if local else 0)
@@ -110,14 +126,21 @@ def discover(env: Mapping[str, str] | None = None) -> World:
 
 def _is_shell(env: Mapping[str, str]) -> bool:
     """An interactive shell in an allocation: SLURM's variables are there, but no ``srun``."""
-    if env.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+    step = env.get("SLURM_STEP_ID", env.get("SLURM_STEPID"))
+    in_step = step is not None and step not in _NO_STEPS
+    # `salloc` names the job "interactive", and an srun in it is a step of several ranks all the
+    # same. `srun --pty bash` names it "bash", and its shell is step 0.
+    name = env.get("SLURM_JOB_NAME")
+    if (name == "interactive" and not in_step) or (name == "bash" and step in (None, "0")):
         return True
-    in_step = "SLURM_STEP_ID" in env or "SLURM_STEPID" in env
-    if not in_step and env["SLURM_PROCID"] == "0" and env["SLURM_NTASKS"] not in ("", "1"):
+    if step in _NO_STEPS[:1]:
+        return True
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS"))
+    if not in_step and env["SLURM_PROCID"] == "0" and tasks not in (None, "", "1"):
         log.warning(
             "SLURM_NTASKS=%s without a job step: if the start hangs here waiting for the other "
             "ranks, start the command with srun",
-            env["SLURM_NTASKS"],
+            tasks,
         )
     return False
 
@@ -302,8 +325,9 @@ def end_rank(code: int) -> None:
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    if code == 0:
-        # All ranks are here: none may close its connections while another still talks to it.
+    if code in (0, INTERRUPTED):
+        # All ranks are here: none may close its connections while another still talks to it, and
+        # none may end before rank 0 has: launchers kill the others of a rank that ends with 75.
         dist.barrier()
         dist.destroy_process_group()
     logging.shutdown()

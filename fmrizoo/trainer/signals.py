@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT become a request that the loop answers at the end of a step."""
+"""SIGTERM, SIGINT and SIGUSR1 become a request that the loop answers at the end of a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_CAUGHT = (signal.SIGTERM, signal.SIGINT)
+# SIGUSR1 is what batch systems are asked to warn with (`sbatch --signal=USR1@300`).
+_CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import fmrizoo.pipeline.ablation.chains as engine
 from fmrizoo.cli import app
 from fmrizoo.data.splits import Split
-from fmrizoo.errors import DivergedError
+from fmrizoo.errors import INTERRUPTED, DivergedError
 from fmrizoo.pipeline.ablation import ablate, plan
 from fmrizoo.pipeline.ablation.run import Planned, missing
 from fmrizoo.trainer.export import read_info
@@ -74,6 +74,21 @@ def test_parts_make_the_table_together(sample_store: Path, tmp_path: Path) -> No
     assert ablate(planned, tmp_path, part=(2, 2)) is not None
     body = json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8"))
     assert body["rows"][0]["name"] == "reference"
+
+
+def test_a_part_that_was_stopped_says_go_on_and_one_that_is_done_does_not(
+    sample_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["ablate", "pretrain/haxby_slice", f"data.store={sample_store}", *SMALL]
+    command = [*words, "ablate.controls=[]", "--out", str(tmp_path)]
+    assert ablate(small(sample_store, "ablate.controls=[]"), tmp_path, part=(1, 2)) is None
+    # As a signal leaves it: nothing more is trained.
+    monkeypatch.setattr("fmrizoo.pipeline.ablation.ablate", lambda *_, **__: None)
+    done = CliRunner().invoke(app, [*command, "--part", "1/2"])
+    assert done.exit_code == 0 and "part 1/2 is done" in done.output
+    for part in (["--part", "2/2"], []):
+        stopped = CliRunner().invoke(app, [*command, *part])
+        assert stopped.exit_code == INTERRUPTED and "run the same command" in stopped.output
 
 
 def test_a_pretraining_that_diverges_is_a_gap(

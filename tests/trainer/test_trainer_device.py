@@ -104,11 +104,69 @@ OPEN_MPI = listing(
     PMIX_RANK=3
     """
 )
+HYDRA = listing(
+    """
+    GFORTRAN_UNBUFFERED_PRECONNECTED=y
+    MPI_LOCALNRANKS=2
+    MPI_LOCALRANKID=1
+    PMI_FD=9
+    PMI_RANK=3
+    PMI_SIZE=4
+    """
+)
+# `mpiexec --pmi=pmix` of PALS: no PMI_RANK, no PMI_SIZE, and nothing that counts the ranks.
+AURORA_PMIX = listing(
+    """
+    PALS_APID=2f5b2a2e-f5a5-4be8-91a1-0db9cf6d2c3a
+    PALS_DEPTH=1
+    PALS_LOCAL_RANKID=5
+    PALS_LOCAL_SIZE=12
+    PALS_NODEID=1
+    PALS_RANKID=17
+    PBS_ENVIRONMENT=PBS_BATCH
+    PBS_JOBID=1234567.aurora-pbs-0001.hostmgmt.cm.aurora.alcf.anl.gov
+    PMIX_NAMESPACE=2f5b2a2e
+    PMIX_RANK=17
+    """
+)
+# srun on a Cray system (its PMI plugin adds PALS's names), and in salloc's job "interactive".
+CRAY_SRUN = listing(
+    """
+    PALS_APID=8812345.0
+    PALS_NODEID=1
+    PALS_RANKID=6
+    PMI_SHARED_SECRET=1234
+    SLURM_JOB_ID=8812345
+    SLURM_JOB_NAME=interactive
+    SLURM_JOB_NODELIST=nid[001234-001235]
+    SLURM_LOCALID=2
+    SLURM_NTASKS=8
+    SLURM_PROCID=6
+    SLURM_STEPID=3
+    SLURM_STEP_ID=3
+    SLURM_STEP_NODELIST=nid[001234-001235]
+    SLURM_STEP_NUM_TASKS=8
+    """
+)
+MVAPICH = listing(
+    """
+    MV2_COMM_WORLD_LOCAL_RANK=0
+    MV2_COMM_WORLD_LOCAL_SIZE=2
+    MV2_COMM_WORLD_RANK=2
+    MV2_COMM_WORLD_SIZE=4
+    """
+)
 
 
 @pytest.mark.parametrize(
     ("env", "rank", "size", "local"),
     [
+        (HYDRA, 3, 4, 1),
+        ({**AURORA_PMIX, "WORLD_SIZE": "24"}, 17, 24, 5),
+        (CRAY_SRUN, 6, 8, 2),
+        ({**CRAY_SRUN, "WORLD_SIZE": "8"}, 6, 8, 2),
+        ({**SRUN, **HYDRA}, 3, 4, 1),
+        (MVAPICH, 2, 4, 0),
         (TORCHRUN, 1, 2, 1),
         (DEEPSPEED, 4, 8, 0),
         (SRUN, 6, 12, 2),
@@ -137,6 +195,28 @@ def test_a_shell_in_an_allocation_is_one_process(caplog: pytest.LogCaptureFixtur
     assert discover({**shell, "SLURM_JOB_NAME": "interactive"}) == World()
     assert discover({**shell, "SLURM_JOB_NAME": "night"}).size == 4
     assert "start the command with srun" in caplog.text
+
+
+def test_ranks_that_pals_does_not_count_are_refused() -> None:
+    with pytest.raises(TrainingError, match=r"PALS_RANKID=17 but not .* export WORLD_SIZE"):
+        discover(AURORA_PMIX)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        # salloc's own shell is a step; so is srun --pty bash. Neither is one of several ranks.
+        ({"SLURM_JOB_NAME": "interactive", "SLURM_STEP_ID": "4294967290"}, 1),
+        ({"SLURM_JOB_NAME": "night", "SLURM_STEP_ID": "4294967290"}, 1),
+        ({"SLURM_JOB_NAME": "bash", "SLURM_STEP_ID": "0"}, 1),
+        # srun started in them is.
+        ({"SLURM_JOB_NAME": "interactive", "SLURM_STEP_ID": "0"}, 4),
+        ({"SLURM_JOB_NAME": "bash", "SLURM_STEP_ID": "1"}, 4),
+    ],
+)
+def test_shells_and_steps_of_interactive_jobs(given: dict[str, str], size: int) -> None:
+    env = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", **given}
+    assert discover(env).size == size
 
 
 def test_a_job_of_one_process_is_a_single_process() -> None:

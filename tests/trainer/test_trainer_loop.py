@@ -143,7 +143,7 @@ def test_finished_run_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "already finished" in caplog.text
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_and_resumes(tmp_path: Path, number: signal.Signals) -> None:
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
 
