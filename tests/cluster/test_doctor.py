@@ -510,7 +510,9 @@ def test_disks_and_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("doctor") / "store"
-    done = CliRunner().invoke(app, ["prepare", str(sample_path()), str(made)])
+    done = CliRunner().invoke(
+        app, ["prepare", str(sample_path()), str(made), "prepare.space=native"]
+    )
     assert done.exit_code == 0, done.output
     return made
 
