@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fmrizoo.mup.explain import Row as RuleRow
     from fmrizoo.pipeline.ablation.cells import Cell
     from fmrizoo.pipeline.ablation.results import Ablation, Line
+    from fmrizoo.trainer.profile import Breakdown
 
 
 def backbones(rows: Sequence[dict[str, Any]]) -> Group:
@@ -166,6 +167,24 @@ def memory(rows: Sequence[MemoryRow]) -> Table:
         mb = "–" if row.mb is None else f"{row.mb:,.0f}"
         table.add_row(row.recipe, row.checkpointing, str(row.frames), mb, row.note)
     return table
+
+
+def profile(found: Breakdown) -> Group:
+    """Where the time of a step goes."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column("phase")
+    for name in ("ms a step", "share"):
+        table.add_column(name, justify="right")
+    for name, value in found.phases.items():
+        share = value / found.step if found.step else 0.0
+        table.add_row(name, f"{value:,.2f}", f"{share:.1%}", end_section=name == "other")
+    table.add_row("step", f"{found.step:,.2f}", "", style="bold")
+    said = (
+        f"Mean of {found.measured} of {found.steps} steps from step {found.first} on, rank 0; "
+        f"the slowest took {found.slowest:,.2f} ms. The first step and traced ones count only "
+        "where there are no others. Validation and checkpoints are not in it."
+    )
+    return Group(table, Text(said, style="dim"))
 
 
 def mup_table(

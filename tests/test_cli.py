@@ -107,6 +107,24 @@ def test_the_whole_job_as_typed(
         assert json.loads(cli("inspect", what, "--json").stdout)["kind"] == kind
 
 
+def test_profile_of_a_pretraining_and_of_a_head(
+    cli: Run, sample_store: Path, tiny: list[str]
+) -> None:
+    """A table and a trace for each; profiling a run that goes on is no other recipe."""
+    given = [f"data.store={sample_store}", *tiny]
+    said = cli("pretrain", "pretrain/haxby_slice", *given, "--out", "pre", "--profile").stdout
+    assert "backward" in said and "Mean of " in said and "trace: pre/trace.json.gz" in said
+    assert Path("pre/trace.json.gz").is_file()
+    for line in Path("pre/metrics.jsonl").read_text().splitlines():
+        assert 0 <= json.loads(line)["stall"] <= 1
+    tune = ["finetune", "finetune/haxby_slice", *given, "init_from=pre", "--out", "fine"]
+    assert "trace:" not in cli(*tune).stdout
+    done = cli(*tune, "--profile")
+    assert "no profile, as no step was left to take" in done.stderr
+    tune[-1] = "other"
+    assert "optimizer" in cli(*tune, "--profile").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -5,7 +5,7 @@ from fmrizoo.cli import data, store, training, models, zoo  # isort: skip
 from fmrizoo.cli import mup, mup_check, mup_transfer  # isort: skip
 from fmrizoo.cli import scaling, scaling_sweep  # isort: skip
 from fmrizoo.cli import ablate  # isort: skip
-from fmrizoo.cli import job, plan, synth  # isort: skip
+from fmrizoo.cli import doctor, job, plan, synth  # isort: skip
 from fmrizoo.cli import understanding  # isort: skip
 from fmrizoo.cli.shell import app, main
 
@@ -13,6 +13,7 @@ __all__ = [
     "ablate",
     "app",
     "data",
+    "doctor",
     "job",
     "main",
     "models",

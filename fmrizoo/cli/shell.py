@@ -51,6 +51,9 @@ Stage = Annotated[
         show_default=False,
     ),
 ]
+Profiled = Annotated[
+    bool, typer.Option("--profile", help="Time the phases of a step: a table and a trace file.")
+]
 Seeds = Annotated[int, typer.Option(min=1, help="Runs with as many consecutive seeds.")]
 
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Models trained side by side.")]

@@ -15,6 +15,7 @@ from fmrizoo.cli.shell import (
     EveryFold,
     Out,
     Overrides,
+    Profiled,
     RecipeName,
     RecipeNames,
     Seeds,
@@ -69,8 +70,24 @@ def _jobs(
     return planned
 
 
-def _with_stage(overrides: list[str] | None, stage: str | None) -> list[str]:
-    return [*(overrides or []), *([f"data.stage={stage}"] if stage else [])]
+def _with_flags(overrides: list[str] | None, stage: str | None, profile: bool) -> list[str]:
+    flags = [f"data.stage={stage}"] * bool(stage) + ["train.profile=true"] * profile
+    return [*(overrides or []), *flags]
+
+
+def _show_profile(folder: Path, profile: bool) -> None:
+    """Where the time of a step went, after a run that was asked for it."""
+    from fmrizoo import screens
+    from fmrizoo.trainer.profile import TRACE, read_breakdown
+
+    if not profile or not _is_main():
+        return
+    found = read_breakdown(folder)
+    if found is None:
+        err.print(f"{folder}: no profile, as no step was left to take", soft_wrap=True)
+    else:
+        out.print(screens.profile(found))
+        out.print(f"trace: {folder / TRACE}", soft_wrap=True, style="dim")
 
 
 def _told_once(jobs: list[_Job]) -> Iterator[_Job]:
@@ -90,14 +107,16 @@ def pretrain(
     every_fold: EveryFold = False,
     seeds: Seeds = 1,
     stage: Stage = None,
+    profile: Profiled = False,
 ) -> None:
     """Train a backbone with an objective; the same command resumes."""
     from fmrizoo.pipeline import pretrain as run
 
-    given = _with_stage(overrides, stage)
+    given = _with_flags(overrides, stage, profile)
     for job in _told_once(_jobs(recipe, given, folder, every_fold, seeds)):
         with progress(f"pretrain {job.label}") as update:
             result = run(job.recipe, job.folder, on_step=_step_note(update))
+        _show_profile(job.folder, profile)
         _stop_if_interrupted(result.interrupted, job.folder)
         shown = {"loss": result.metrics.get("loss"), "validation": result.validation}
         text = ", ".join(f"{k} {_short(v)}" for k, v in shown.items() if v)
@@ -108,7 +127,8 @@ def pretrain(
 
 def _step_note(update: Callable[[int, int, str], None]) -> Callable[[StepEvent], None]:
     def on_step(event: StepEvent) -> None:
-        note = f"loss {event.loss:.4f} · {event.clips_per_second:.0f} clips/s"
+        speed = f"{event.clips_per_second:.0f} clips/s"
+        note = f"loss {event.loss:.4f} · {speed} · waits {event.stall:.0%} for data"
         update(event.step, event.steps, note)
 
     return on_step
@@ -138,6 +158,7 @@ def finetune(
     every_fold: EveryFold = False,
     seeds: Seeds = 1,
     stage: Stage = None,
+    profile: Profiled = False,
     name: Annotated[
         str | None, typer.Option(help="Row name in tables.", show_default=False)
     ] = None,
@@ -147,7 +168,7 @@ def finetune(
 
     results: list[tuple[Path, Result]] = []
     stopped: list[bool] = []
-    given = _with_stage(overrides, stage)
+    given = _with_flags(overrides, stage, profile)
     for job in _told_once(_jobs(recipe, given, folder, every_fold, seeds)):
         with progress(f"finetune {job.label}") as update:
             result = run(
@@ -157,6 +178,7 @@ def finetune(
                 on_step=_step_note(update),
                 on_interrupt=lambda: stopped.append(True),
             )
+        _show_profile(job.folder, profile)
         # Every rank stops here: those without a result must not begin the next job.
         _stop_if_interrupted(bool(stopped), job.folder)
         if result is not None:

@@ -38,6 +38,7 @@ class TrainConfig:
     cache_features: bool = False  # frozen encoder: run it once per clip, then train the head alone
     keep: int = 2  # checkpoints kept
     device: str = "auto"  # auto | cpu | cuda | xpu
+    profile: bool = False  # time the phases of every step: profile.json and trace.json.gz
 
     def __post_init__(self) -> None:
         require(

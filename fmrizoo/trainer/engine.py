@@ -17,7 +17,7 @@ What is decided here because DeepSpeed's own defaults would change the result si
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -282,6 +282,13 @@ class Engine:
         if not 0 <= norm < float("inf"):
             raise TrainingError("the gradient is not finite")
         return norm
+
+    def timed(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put ``around(phase, work)`` in place of forward, backward and step."""
+        phases = ((self._engine, "forward"), (self._engine, "backward"), (self, "step"))
+        for owner, name in phases:
+            phase = "optimizer" if name == "step" else name
+            setattr(owner, name, around(phase, getattr(owner, name)))
 
     def _own_norm(self) -> float:
         """Global gradient norm where DeepSpeed offers none: stage 0, with whole gradients."""

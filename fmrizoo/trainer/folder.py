@@ -34,6 +34,7 @@ SAFE_KEYS = frozenset(
         "train.save_every",
         "train.validate_every",
         "train.device",
+        "train.profile",
         "data.threads",
         "data.store",
         "data.stage",

@@ -47,6 +47,7 @@ class StepEvent:
         clips_per_second: Over all ranks, this step.
         logs: The model's own scalars, averaged likewise.
         validation: Metrics, after steps that validate.
+        stall: Share of the step that was spent waiting for data (mean over ranks).
     """
 
     step: int
@@ -57,6 +58,7 @@ class StepEvent:
     clips_per_second: float
     logs: dict[str, float]
     validation: dict[str, float] | None = None
+    stall: float = 0.0
 
 
 @dataclass

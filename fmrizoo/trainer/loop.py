@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +43,7 @@ from fmrizoo.trainer.inputs import CompactSamples
 from fmrizoo.trainer.inputs import StepEvent as StepEvent
 from fmrizoo.trainer.inputs import TrainerInputs as TrainerInputs
 from fmrizoo.trainer.inputs import TrainResult as TrainResult
+from fmrizoo.trainer.profile import Profile, Waited
 from fmrizoo.trainer.ranks import Ranks
 from fmrizoo.trainer.saving import Saver
 from fmrizoo.trainer.schedule import factor
@@ -102,6 +103,7 @@ class _Run:
         self.accounting: Accounting | None = None
         self.engine: Engine | None = None
         self.saver: Saver | None = None
+        self.profile: Profile | None = None
         self.metrics: MetricsFile | None = None
         check_monitor(self.cfg, inputs.validate is not None)
         _check_features(inputs)
@@ -202,7 +204,9 @@ class _Run:
         stream = self.inputs.loader_for(self.world, self.micro)
         if self.inputs.features is not None:
             stream = self.inputs.features.stream("train", stream)
-        batches = stream.batches(start=self.step * self.accumulate)
+        source = stream.batches(start=self.step * self.accumulate)
+        self.profile = self._profile()
+        batches = Waited(self.profile.stream(source) if self.profile else source)
         self.inputs.model.train()
         try:
             while not self.over():
@@ -210,13 +214,29 @@ class _Run:
                     self.save()
                     return True
         finally:
-            # Generators hold reader threads; other iterators have nothing to close.
-            if callable(close := getattr(batches, "close", None)):
-                close()
+            batches.close()
+            if self.profile:
+                self.profile.finish()
         return False
 
-    def _one(self, batches: Iterator[CompactSamples]) -> bool:
-        """One optimizer step; True when any rank was asked to stop."""
+    def _profile(self) -> Profile | None:
+        if not self.cfg.profile:
+            return None
+        left, main = self.cfg.steps - self.step, self.world.main
+        made = Profile(self.folder.path, self.device, first=self.step + 1, left=left, main=main)
+        cast(Engine, self.engine).timed(made.clock.around)
+        made.start()
+        return made
+
+    def _one(self, batches: Waited[CompactSamples]) -> bool:
+        """One optimizer step and what follows it; True when any rank was asked to stop."""
+        with self.profile.step() if self.profile else nullcontext():
+            stop, event = self._taken(batches)
+        self._after(event)
+        return stop and not self.over()
+
+    def _taken(self, batches: Waited[CompactSamples]) -> tuple[bool, StepEvent]:
+        """The optimizer step itself: is any rank asked to stop, and what happened."""
         assert self.engine is not None
         began = time.monotonic()
         sums: dict[str, Tensor] = {}
@@ -227,7 +247,7 @@ class _Run:
             loss, logs = self.engine.accumulate(batch)
             for name, value in {**logs, "loss": loss}.items():
                 sums[name] = torch.as_tensor(value).detach().double() + sums.get(name, 0.0)
-        bad, stop, means = self._together(sums)
+        bad, stop, waited, means = self._together(sums, batches.taken())
         if bad:
             self._not_finite("loss", subjects)
         rate = factor(self.step, self.cfg.steps, self.cfg.warmup, self.cfg.min_lr_ratio)
@@ -236,22 +256,31 @@ class _Run:
         except TrainingError:
             self._not_finite("gradient", subjects)
         self.step += 1
-        speed = self.cfg.batch_size / max(time.monotonic() - began, 1e-9)
-        mean = means.pop("loss")
-        self._after(StepEvent(self.step, self.cfg.steps, mean, self.engine.lr, norm, speed, means))
-        return stop and not self.over()
+        seconds = max(time.monotonic() - began, 1e-9)
+        return stop, StepEvent(
+            step=self.step,
+            steps=self.cfg.steps,
+            loss=means.pop("loss"),
+            lr=self.engine.lr,
+            grad_norm=norm,
+            clips_per_second=self.cfg.batch_size / seconds,
+            logs=means,
+            stall=min(1.0, waited / seconds),
+        )
 
-    def _together(self, sums: dict[str, Tensor]) -> tuple[bool, bool, dict[str, float]]:
+    def _together(
+        self, sums: dict[str, Tensor], waited: float
+    ) -> tuple[bool, bool, float, dict[str, float]]:
         """Has any rank a loss that is not finite; is any asked to stop; means over all ranks."""
         # One copy from the device and one collective a step, which the display needs anyway.
         values = cast(list[float], torch.stack(list(sums.values())).tolist())
         finite = all(math.isfinite(v) for n, v in zip(sums, values, strict=True) if n == "loss")
-        bad, stop, *totals = self.ranks.reduced(
-            [float(not finite), float(self.stop.requested), *values]
+        bad, stop, waits, *totals = self.ranks.reduced(
+            [float(not finite), float(self.stop.requested), waited, *values]
         )
         count = self.accumulate * self.world.size
         means = {name: total / count for name, total in zip(sums, totals, strict=True)}
-        return bad > 0, stop > 0, means
+        return bad > 0, stop > 0, waits / self.world.size, means
 
     def _not_finite(self, what: str, subjects: list[str]) -> None:
         """Stop before the step is saved anywhere, naming the clips' subjects of all ranks."""
@@ -296,6 +325,7 @@ class _Run:
             "clips": event.step * self.cfg.batch_size,
             "seconds": round(self._seconds(), 3),
             "clips_per_second": round(event.clips_per_second, 3),
+            "stall": round(event.stall, 4),
         }
         if validation is not None:
             row["validation"] = validation

@@ -271,7 +271,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 def timeless(out: Path) -> list[dict[str, Any]]:
     """Metrics rows without what a clock decides."""
     return [
-        {k: v for k, v in row.items() if k not in ("seconds", "clips_per_second")}
+        {k: v for k, v in row.items() if k not in ("seconds", "clips_per_second", "stall")}
         for row in rows(out)
     ]
 
