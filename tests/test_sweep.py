@@ -276,6 +276,7 @@ def test_a_part_that_does_not_exist_is_refused(tmp_path: Path, bad: str) -> None
     assert isinstance(done.exception, RecipeError) and bad in str(done.exception)
 
 
+@pytest.mark.slow
 def test_a_terminated_sweep_goes_on_to_the_numbers_it_would_have_had(
     sample_store: Path, tmp_path: Path
 ) -> None:

@@ -134,7 +134,14 @@ def test_what_cannot_be_matched_is_refused() -> None:
         cells_of(BASE[0], [*BASE[1], axes, "ablate.match=parameters", "ablate.design=grid"])
 
 
-@pytest.mark.parametrize("name", list_recipes("ablation/*"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        # Its 27 encoders of 51M take as long as all the others together.
+        pytest.param(name, marks=[pytest.mark.slow] if name.endswith("table1") else [])
+        for name in list_recipes("ablation/*")
+    ],
+)
 def test_every_shipped_ablation_can_be_composed(name: str) -> None:
     recipe, cells = shipped(name)
     assert len([c for c in cells if not c.control]) >= 2
@@ -143,6 +150,7 @@ def test_every_shipped_ablation_can_be_composed(name: str) -> None:
         assert measure(cell.tasks[next(iter(cell.tasks))]).parameters == cell.size.parameters
 
 
+@pytest.mark.slow
 def test_table_1_has_all_eight_axes() -> None:
     recipe, cells = shipped("ablation/table1")
     assert set(recipe.ablate.axes) == set(CODES)

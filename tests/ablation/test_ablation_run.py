@@ -67,6 +67,7 @@ def test_everything_is_trained_once_tested_once_and_never_seen_before(
     assert again.table.lines[0].rows["objects"].results == table.lines[0].rows["objects"].results
 
 
+@pytest.mark.slow
 def test_parts_make_the_table_together(sample_store: Path, tmp_path: Path) -> None:
     planned = small(sample_store)
     assert ablate(planned, tmp_path, part=(1, 2)) is None

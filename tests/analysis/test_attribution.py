@@ -206,6 +206,7 @@ def test_randomising_the_head_changes_a_probes_map(linear: TestedRun) -> None:
     assert rank_correlation(values, np.ones(10)) is None
 
 
+@pytest.mark.slow
 def test_a_trained_run_is_explained_from_its_folder(
     sample_store: Path, tmp_path: Path, tiny: list[str]
 ) -> None:

@@ -41,6 +41,7 @@ ROW = MemoryRow(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not module.CLEAR.exists(), reason="needs Linux's /proc")
 def test_longer_clips_need_more_and_recomputation_needs_less() -> None:
     seen = []

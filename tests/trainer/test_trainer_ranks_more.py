@@ -137,6 +137,7 @@ def test_many_groups_equal_plain_loop(grouped: Path, stage: int, precision: str)
         torch.testing.assert_close(weights[name], value, atol=limit, rtol=0)
 
 
+@pytest.mark.slow
 def test_best_weights_and_stopping(tmp_path: Path) -> None:
     """The best step is 3; `ends` stops after it without keeping anything."""
     told = on_ranks(tmp_path, best, str(tmp_path))
@@ -157,6 +158,7 @@ def test_best_weights_and_stopping(tmp_path: Path) -> None:
             assert y == pytest.approx(x, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_cached_features(tmp_path: Path, sample_store: Path) -> None:
     told = on_ranks(tmp_path, cached, str(tmp_path), str(sample_store))
     for stage in (1, 3):
