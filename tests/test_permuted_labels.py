@@ -107,3 +107,18 @@ def fitted(features: torch.Tensor, target: torch.Tensor, fold: torch.Tensor) -> 
         scores = x[test] @ x[train].T @ torch.linalg.solve(gram, y[train] - 1 / 8)
         correct += (scores.argmax(1) == target[test]).sum().item()
     return correct / UNITS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["complex", "lora", "prompt", "last_block"])
+def test_permuted_labels_fall_to_chance_for_every_head(
+    permuted_store: Path, tmp_path: Path, head: str
+) -> None:
+    total = 0.0
+    for fold in range(3):
+        given = [f"data.store={permuted_store}", f"split.fold={fold}", *PROBE[:-2]]
+        recipe = load_recipe(f"finetune/haxby_slice_{head}", [*given, "train.validate_every=20"])
+        result = pipeline.finetune(recipe, tmp_path / str(fold))
+        assert result is not None and result.n_test == 24
+        total += result.n_test * (result.metrics["accuracy"] or 0.0)
+    assert total <= LIMIT
