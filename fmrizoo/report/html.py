@@ -239,7 +239,8 @@ def _resampled(report: TaskReport) -> str:
     return (
         f"Difference in {what} on the {gap.n_units} test units that both predicted, seeds "
         f"averaged; 95 % interval of a bootstrap that draws {drawn}; p: signs "
-        f"flipped over the same, two-sided. Both speak about {scope}."
+        f"flipped over the same, two-sided; both √2 wider where folds are pooled, whose models "
+        f"learned from each other's test units. Both speak about {scope}."
     )
 
 

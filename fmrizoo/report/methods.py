@@ -236,7 +236,9 @@ def _statistics(tasks: Sequence[TaskReport], cite: _Cited) -> str:
             "Paired p-values are of sign flips over the same groups (of the bootstrap for metrics "
             f"that a single unit does not have), corrected after Holm{cite('holm1979')} over the "
             "comparisons of a task; p-values against chance are of permuted labels"
-            f"{cite('phipson2010permutation')}."
+            f"{cite('phipson2010permutation')}. Over several folds the spreads behind intervals of "
+            "differences and p-values are √2 wider, because each unit's label helped to train the "
+            "models that other folds were tested by."
         )
     return " ".join(said)
 
