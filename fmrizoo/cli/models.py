@@ -1,4 +1,4 @@
-"""Commands that use trained models: embed, forecast, report, analyze."""
+"""Commands that use trained models: embed, export, forecast, report, analyze."""
 
 from __future__ import annotations
 
@@ -74,6 +74,24 @@ def embed(
     more = "" if level == "clip" else f", means over {clips} clips"
     where = " and ".join(str(path) for path in (file, bids) if path is not None)
     out.print(f"{where}: {rows} features{more}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Run folder or checkpoint.")],
+    folder: Annotated[Path, typer.Argument(help="Model folder to write.")],
+    *,
+    step: Annotated[
+        int | None, typer.Option(help="Of which checkpoint.", show_default="the newest")
+    ] = None,
+    best: Annotated[bool, typer.Option("--best", help="The best validation's weights.")] = False,
+) -> None:
+    """The weights of a checkpoint → safetensors and config; for runs that are not finished."""
+    from fmrizoo.trainer.consolidate import consolidate
+    from fmrizoo.trainer.export import read_info
+
+    info = read_info(consolidate(source, folder, step=step, best=best))
+    out.print(f"{folder}: step {info.step}, {info.parameters:,} parameters")
 
 
 @app.command()

@@ -25,6 +25,7 @@ class TrainConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # AdamW
     eps: float = 1e-8  # AdamW
     clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
+    ema: float = 0.0  # per-step decay of running means of the weights, used and exported; 0: none
     precision: str = "fp32"  # fp32 | bf16 (bf16 weights, fp32 master weights and gradient sums)
     zero_stage: int = 1  # DeepSpeed ZeRO 0–3
     checkpointing: str = "none"  # activations: none | block | window-chunk: recomputed backward
@@ -37,6 +38,7 @@ class TrainConfig:
     keep_best: bool = False  # export the weights of the best validation, not the last ones
     cache_features: bool = False  # frozen encoder: run it once per clip, then train the head alone
     keep: int = 2  # checkpoints kept
+    async_save: bool = True  # write checkpoints while training goes on (needs memory for a copy)
     device: str = "auto"  # auto | cpu | cuda | xpu
     profile: bool = False  # time the phases of every step: profile.json and trace.json.gz
 
@@ -63,6 +65,7 @@ class TrainConfig:
         for key in ("weight_decay", "clip_norm", "save_every", "validate_every", "patience"):
             value = getattr(self, key)
             require(value >= 0, f"train.{key} must be ≥ 0, got {value}")
+        require(0 <= self.ema < 1, f"train.ema is a decay in [0, 1), got {self.ema}")
         for key in ("lr", "eps"):
             value = getattr(self, key)
             require(value > 0, f"train.{key} must be > 0, got {value}")

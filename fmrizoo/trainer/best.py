@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fmrizoo.errors import CheckpointError
 from fmrizoo.files import publish, sha256_of
+from fmrizoo.trainer.export import apart
 from fmrizoo.trainer.files import writing
 
 
@@ -32,8 +33,7 @@ def write_weights(run: Path, step: int, tensors: Mapping[str, Tensor]) -> str:
 
     path = weights_path(run, step)
     temporary = path.with_name(f".{path.name}.tmp")
-    # Own copies: safetensors refuses tensors that share memory (tied weights).
-    own = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    own = apart(tensors)
     with writing(f"the best weights (of step {step})", path.parent):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A model, its optimizer and DeepSpeed behind five verbs: accumulate, step, save, load, export.
+"""A model, its optimizer and DeepSpeed: accumulate, step, snapshot, restore, export.
 
 What is decided here because DeepSpeed's own defaults would change the result silently:
 
@@ -19,21 +19,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fmrizoo.config import TrainConfig
-from fmrizoo.errors import CheckpointError, RecipeError, TrainingError
+from fmrizoo.errors import RecipeError, TrainingError
 from fmrizoo.trainer.device import World, load_deepspeed
+from fmrizoo.trainer.fragments import WEIGHT, Fragment, Fragments
+from fmrizoo.trainer.sharded import Sharded, Snapshot, take
 from fmrizoo.types import Batch, ReadBatch
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_INNER = "deepspeed"  # DeepSpeed's tag inside a checkpoint folder
 
 
 def accumulation(train: TrainConfig, world: World) -> int:
@@ -203,6 +204,7 @@ class Engine:
         stage: ZeRO stage in effect.
         parameters: Number of parameters, frozen ones included.
         groups: What the optimizer's groups are, in one sentence.
+        fragments: What of the training's state this rank holds.
         lr: Base rate (factor 1 of :func:`param_groups`) of the last step; 0 before the first.
     """
 
@@ -216,6 +218,7 @@ class Engine:
         self.stage = zero_stage(train)
         if self.stage != train.zero_stage:
             log.info("train.zero_stage=0 with bf16 runs as stage 1: stage 0 would step wrongly")
+        self._main = world.main
         self._exact = self._high_precision_copy(world)
         self.parameters = sum(p.numel() for p in model.parameters())
         groups = param_groups(model, train)
@@ -231,6 +234,10 @@ class Engine:
             config=deepspeed_config(train, world, total),
             dist_init_required=False,
         )
+        self.fragments = Fragments(model, self._engine, self.stage, world.rank)
+        self._ema = train.ema
+        if train.ema:
+            self.fragments.start_means()
 
     def _high_precision_copy(self, world: World) -> dict[str, Tensor]:
         """fp32 values of what is not trained (bf16 rounds them in place), for the export."""
@@ -281,6 +288,10 @@ class Engine:
         # DeepSpeed writes -1 or inf where the norm was not finite, and skips such a step silently.
         if not 0 <= norm < float("inf"):
             raise TrainingError("the gradient is not finite")
+        if self._ema:
+            # Short at first, so that the random start is soon forgotten.
+            updates = self.updates
+            self.fragments.average(min(self._ema, (1 + updates) / (10 + updates)))
         return norm
 
     def timed(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -295,24 +306,53 @@ class Engine:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state of all ranks below ``folder`` (every rank calls it)."""
-        self._engine.save_checkpoint(str(folder), tag=_INNER)
+    @property
+    def updates(self) -> int:
+        """Optimizer steps taken; fewer than the run's where some were skipped."""
+        return self.fragments.steps
 
-    def load(self, folder: Path) -> None:
-        """Inverse of :meth:`save`, on a freshly made engine of the same world size.
+    def snapshot(self) -> Snapshot:
+        """A copy of what this rank writes into a checkpoint; all ranks' together are whole."""
+        return take(self._kept())
+
+    def _kept(self) -> Iterator[Fragment]:
+        """What this rank writes, with the fp32 values of what bf16 merely rounded."""
+        for part in self.fragments.written():
+            if part.trained or self.dtype == torch.float32:
+                yield part
+            elif self._main:
+                # Rank 0 has these whole, also where ZeRO 3 deals the rounded ones over ranks.
+                exact = self._exact.get(part.name)
+                if exact is None or part.numel == exact.numel():
+                    live = part.tensors[WEIGHT].cpu().view(part.shape)
+                    exact = self._unrounded(part.name, live)
+                yield replace(part, numel=exact.numel(), tensors={WEIGHT: exact.reshape(-1)})
+
+    def restore(self, stored: Sharded) -> None:
+        """Inverse of :meth:`snapshot`, on a freshly made engine of any world size and stage.
 
         Raises:
-            CheckpointError: the checkpoint belongs to another model.
+            CheckpointError: the checkpoint belongs to another model, or a file is unreadable.
         """
-        try:
-            path, _ = self._engine.load_checkpoint(str(folder), tag=_INNER)
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder} does not fit this model: {str(error).splitlines()[0]}"
-            ) from error
-        if path is None:
-            raise CheckpointError(f"{folder} holds no DeepSpeed checkpoint")
+        stored.check_model(self._shapes())
+        if stored.steps:
+            self.fragments.begin(stored.steps)
+        stored.restore(self.fragments.here())
+        self.fragments.refresh()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all parameters and buffers, parts of ZeRO 3 as they are when whole."""
+        shared = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        shapes = {
+            name: tuple(getattr(p, "ds_shape", p.shape))
+            for name, p in self.model.named_parameters()
+        }
+        buffers = self.model.state_dict()
+        return shapes | {n: tuple(v.shape) for n, v in buffers.items() if n not in shared}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """While this lasts the model has the running means of its weights, if it keeps them."""
+        return self.fragments.averaged()
 
     def whole(self) -> AbstractContextManager[Any]:
         """While this lasts every parameter is whole on every rank (ZeRO 3 takes them apart).

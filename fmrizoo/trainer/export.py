@@ -110,8 +110,7 @@ def save_model(folder: Path, model: nn.Module | Mapping[str, Tensor], info: Mode
     from safetensors.torch import save_file
 
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    # Own copies: safetensors refuses tensors that share memory (tied weights).
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    tensors = apart(state)
     if isinstance(model, nn.Module):
         count = sum(p.numel() for p in model.parameters())
     else:
@@ -126,6 +125,23 @@ def save_model(folder: Path, model: nn.Module | Mapping[str, Tensor], info: Mode
         publish(temporary, folder / WEIGHTS)
         write_json(folder / CONFIG, done.to_dict())
     return done
+
+
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none sharing memory with another (safetensors refuses tied weights).
+
+    Copies only what must be copied: a model of billions of weights has no room for two of it.
+    """
+    own: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() in seen or memory.nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        own[name] = tensor
+    return own
 
 
 def read_info(folder: Path) -> ModelInfo:

@@ -25,11 +25,15 @@ from fmrizoo.trainer.files import writing
 
 log = logging.getLogger(__name__)
 
-# May differ between two starts of one run: none of them changes a number that is computed, but
-# see _JUDGED_KEYS.
+# May differ between two starts of one run: none of them changes a number that is computed, beyond
+# the order of sums (how a batch is cut up, and over how many ranks), but see _JUDGED_KEYS.
 SAFE_KEYS = frozenset(
     {
         "train.keep",
+        "train.async_save",
+        "train.zero_stage",
+        "train.accumulate",
+        "train.max_micro_batch",
         "train.log_every",
         "train.save_every",
         "train.validate_every",
@@ -57,6 +61,7 @@ _LATER = {
     "split.match.on": [],
     "split.match.caliper": 0.2,
     "parametrization.query_zero_init": False,
+    "train.ema": 0.0,
     "prepare.desc": "preproc",
     "prepare.time_interpolation": "cubic",
     "prepare.allow_shorter_tr": False,

@@ -59,8 +59,8 @@ def train(inputs: TrainerInputs) -> TrainResult:
     Raises:
         RecipeError: a batch size that cannot be divided, an unsupported setting, or a folder that
             was started under another recipe.
-        CheckpointError: no usable checkpoint among those of the folder, or one written by another
-            number of ranks.
+        CheckpointError: no usable checkpoint among those of the folder, one of another model, or
+            one that cannot be written.
         TrainingError: a loss or gradient that is not finite (step and subjects named), or a device
             or launcher that cannot work.
     """
@@ -75,6 +75,7 @@ def train(inputs: TrainerInputs) -> TrainResult:
         run.start()
         try:
             interrupted = run.steps()
+            run.published()
             if not interrupted:
                 run.export()
                 run.drop_features()
@@ -135,7 +136,9 @@ class _Run:
         set_checkpointing(model, self.cfg.checkpointing)
         self.accounting = account(model, self.cfg, self.world.size)
         self.engine = Engine(model, self.cfg, self.world, self.device)
-        self.saver = Saver(self.engine, self.folder, self.ranks, self.cfg.keep)
+        self.saver = Saver(
+            self.engine, self.folder, self.ranks, self.cfg.keep, at_once=not self.cfg.async_save
+        )
         self._resume()
         if self.world.main:
             facts = describe(self.world, str(self.device))
@@ -160,26 +163,27 @@ class _Run:
     def _resume(self) -> None:
         """Load the newest whole checkpoint, or seed a fresh start."""
         assert self.saver is not None
-        found = self.ranks.on_main(lambda: checkpoint.newest_valid(self.folder.checkpoints))
+        found = self.saver.newest()
         if found is None:
             seed_everything(self.cfg.seed, self.world.rank)
             return
         folder, state = found
         self._check(folder, state)
         check_parametrization(folder, self.inputs.model)
-        self.saver.load(folder)
+        self.saver.load(folder, state, self.cfg.seed)
         self.step = self.resumed_from = self.saved_at = state.step
         self.before += state.seconds
         self.watch.recall(state)
         log.info("resuming from %s", folder)
+        if state.world_size != self.world.size:
+            log.warning(
+                "%d ranks go on with what %d wrote: same clips and weights; dropout draws other "
+                "numbers",
+                self.world.size,
+                state.world_size,
+            )
 
     def _check(self, folder: Path, state: RunState) -> None:
-        if state.world_size != self.world.size:
-            raise CheckpointError(
-                f"{folder} was written by {state.world_size} ranks and this run has "
-                f"{self.world.size}: start it with {state.world_size} ranks to resume, or with "
-                f"init_from in a new folder to start from its weights"
-            )
         if state.recipe_hash != self.hash:
             raise CheckpointError(
                 f"{folder} was written under another recipe than {self.folder.recipe} says; "
@@ -275,9 +279,12 @@ class _Run:
         # One copy from the device and one collective a step, which the display needs anyway.
         values = cast(list[float], torch.stack(list(sums.values())).tolist())
         finite = all(math.isfinite(v) for n, v in zip(sums, values, strict=True) if n == "loss")
-        bad, stop, waits, *totals = self.ranks.reduced(
-            [float(not finite), float(self.stop.requested), waited, *values]
+        unsaved = cast(Saver, self.saver).failed
+        bad, stop, lost, waits, *totals = self.ranks.reduced(
+            [float(not finite), float(self.stop.requested), float(unsaved), waited, *values]
         )
+        if lost:
+            self.published()
         count = self.accumulate * self.world.size
         means = {name: total / count for name, total in zip(sums, totals, strict=True)}
         return bad > 0, stop > 0, waits / self.world.size, means
@@ -300,11 +307,8 @@ class _Run:
         """Validation, metrics, checkpoint and display of one step."""
         validation = None
         if self.inputs.validate and (self.over() or _due(event.step, self.cfg.validate_every)):
-            with cast(Engine, self.engine).whole():
-                answer = run_validation(self.inputs.validate, self.inputs.model, self.device)
-            validation = cast(dict[str, float], self.ranks.everywhere(answer))
-            if self.watch.take(event.step, validation) and self.cfg.keep_best:
-                self.watch.sha256 = cast(Saver, self.saver).keep_best(event.step)
+            with cast(Engine, self.engine).averaged():
+                validation = self._validated(event.step)
         last = self.over()
         if self.world.main and (last or validation or _due(event.step, self.cfg.log_every)):
             self._write(event, validation)
@@ -313,6 +317,16 @@ class _Run:
         if self.world.main and self.inputs.on_step:
             values = {**event.__dict__, "validation": validation}
             self.inputs.on_step(StepEvent(**values))
+
+    def _validated(self, step: int) -> dict[str, float]:
+        """Metrics of the weights as they are; keeps them if they are the best."""
+        assert self.inputs.validate is not None
+        with cast(Engine, self.engine).whole():
+            answer = run_validation(self.inputs.validate, self.inputs.model, self.device)
+        validation = cast(dict[str, float], self.ranks.everywhere(answer))
+        if self.watch.take(step, validation) and self.cfg.keep_best:
+            self.watch.sha256 = cast(Saver, self.saver).keep_best(step)
+        return validation
 
     def _write(self, event: StepEvent, validation: dict[str, float] | None) -> None:
         assert self.metrics is not None
@@ -356,8 +370,25 @@ class _Run:
             best_sha256=self.watch.sha256,
             waited=self.watch.waited,
         )
-        self.saver.save(state)
+        self.saver.save(state, self._info(self.step))
         self.saved_at = self.step
+
+    def published(self) -> None:
+        """Wait for the checkpoint on its way, if any (all ranks)."""
+        cast(Saver, self.saver).flush()
+
+    def _info(self, step: int) -> ModelInfo:
+        """What a model with the weights of ``step`` says of itself."""
+        return ModelInfo(
+            recipe=to_dict(self.inputs.recipe),
+            contract=self.inputs.contract,
+            tasks=self.inputs.tasks,
+            seen_runs=tuple(self.inputs.seen_runs),
+            step=step,
+            steps_taken=self.step,
+            stopped_early=self.stopped_early,
+            parameters=cast(Engine, self.engine).parameters,
+        )
 
     def export(self) -> None:
         """Write ``model/`` (all ranks gather, rank 0 writes), with the best weights if kept."""
@@ -371,17 +402,9 @@ class _Run:
                 self.watch.step,
             )
         best = (self.watch.step, self.watch.sha256) if self.cfg.keep_best else None
-        kept = self.saver.weights(best)
-        info = ModelInfo(
-            recipe=to_dict(self.inputs.recipe),
-            contract=self.inputs.contract,
-            tasks=self.inputs.tasks,
-            seen_runs=tuple(self.inputs.seen_runs),
-            step=self.watch.step if self.cfg.keep_best else self.step,
-            steps_taken=self.step,
-            stopped_early=self.stopped_early,
-            parameters=self.engine.parameters,
-        )
+        with self.engine.averaged():
+            kept = self.saver.weights(best)
+        info = self._info(self.watch.step if self.cfg.keep_best else self.step)
 
         def write() -> None:
             with writing("parametrization.json", self.folder.model):
@@ -400,6 +423,8 @@ class _Run:
         """Release the engine and the metrics file."""
         if self.metrics is not None:
             self.metrics.close()
+        if self.saver is not None:
+            self.saver.close()
         if self.engine is not None:
             self.engine.close()
 

@@ -8,6 +8,7 @@ import socket
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from fmrizoo.config import Recipe, TrainConfig
 from fmrizoo.trainer.device import World, end_rank
 from fmrizoo.trainer.engine import param_groups
-from fmrizoo.trainer.loop import TrainerInputs
+from fmrizoo.trainer.loop import StepEvent, TrainerInputs, train
 from fmrizoo.trainer.schedule import factor
 from fmrizoo.types import Batch, Features, Grid, Tokens
 
@@ -211,6 +212,21 @@ def inputs(
         loader_for=TinyStream,
         world=world,
     )
+
+
+class Killed(Exception):
+    """Ends a run without a word."""
+
+
+def killed(given: TrainerInputs, model: nn.Module, step: int) -> None:
+    """The run of ``given``, ended after ``step`` by an error in its display."""
+
+    def end(event: StepEvent) -> None:
+        if event.step == step:
+            raise Killed
+
+    with suppress(Killed):
+        train(replace(given, model=model, on_step=end))
 
 
 @dataclass
