@@ -85,23 +85,7 @@ def read_run(folder: Path, warmup: int = WARMUP, ranks_per_node: int | None = No
     """
     recipe = _mapping(folder / "recipe.yaml")
     env = _mapping(folder / "env.json")
-    path = folder / "metrics.jsonl"
-    rows = read_metrics(path)
-    kept = rows[warmup:]
-    if len(kept) < LEAST:
-        raise DataError(
-            f"{path} holds {len(rows)} step{'s' * (len(rows) != 1)}, and {warmup} of warm-up are "
-            f"left out: at least {warmup + LEAST} are needed (log_every=1, or a smaller --warmup)"
-        )
-    rates = [row.get("clips_per_second") for row in kept]
-    if bad := [row["step"] for row, v in zip(kept, rates, strict=True) if not _positive(v)]:
-        raise DataError(f"{path}, step {bad[0]}: clips_per_second is not a number > 0")
-    stalls = [row.get("stall") for row in kept]
-    stall = None
-    if all(_number(v) for v in stalls):
-        seconds = [1 / rate for rate in rates]
-        waited = sum(s * t for s, t in zip(stalls, seconds, strict=True))
-        stall = waited / sum(seconds)
+    rates, stall = _speed(folder / "metrics.jsonl", warmup)
     ranks = _count(env, "world_size", folder)
     device = str(env.get("device", "")).split(":")[0]
     on_cpu = device == "cpu"
@@ -114,11 +98,33 @@ def read_run(folder: Path, warmup: int = WARMUP, ranks_per_node: int | None = No
         device=device,
         threads=env.get("threads") if on_cpu else None,
         cores=env.get("cores") if on_cpu else None,
-        rates=tuple(rates),
+        rates=rates,
         stall=stall,
         settings={k: v for k, v in settings.items() if not _FREE.fullmatch(k)},
         torch=str((env.get("versions") or {}).get("torch")),
     )
+
+
+def _speed(path: Path, warmup: int) -> tuple[tuple[float, ...], float | None]:
+    """Clips a second of every step after warm-up, and the share of their time without data."""
+    rows = read_metrics(path)
+    kept = rows[warmup:]
+    if len(kept) < LEAST:
+        raise DataError(
+            f"{path} holds {len(rows)} step{'s' * (len(rows) != 1)}, and {warmup} of warm-up are "
+            f"left out: at least {warmup + LEAST} are needed (train.log_every=1, more steps, or a "
+            "smaller --warmup)"
+        )
+    for row in kept:
+        if not _is_number(row.get("clips_per_second")) or row["clips_per_second"] <= 0:
+            raise DataError(f"{path}, step {row['step']}: clips_per_second is not a number > 0")
+    rates = tuple(float(row["clips_per_second"]) for row in kept)
+    stalls = [row.get("stall") for row in kept]
+    if not all(_is_number(stall) for stall in stalls):
+        return rates, None
+    seconds = [1 / rate for rate in rates]
+    waited = sum(float(s or 0) * t for s, t in zip(stalls, seconds, strict=True))
+    return rates, waited / sum(seconds)
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -134,12 +140,8 @@ def _mapping(path: Path) -> dict[str, Any]:
     return found
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _positive(value: Any) -> bool:
-    return _number(value) and value > 0
 
 
 def _count(values: Any, key: str, folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -212,11 +213,7 @@ def draw(found: Sequence[Series], baselines: Sequence[int] = ()) -> Figure:
         _sizes_axis(axes, sizes)
         axes.set_xlabel(units)
         axes.set_axisbelow(True)
-    left.set_yscale("log")
-    low, high = left.get_ylim()
-    left.set_ylim(low / 1.2, high)  # room for the lowest number
-    left.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    left.yaxis.set_minor_formatter(lambda value, _: "")
+    _rates_axis(left)
     left.set_ylabel("clips a second")
     left.set_title("Throughput", pad=10)
     left.grid(axis="both", which="major", color=RULE, lw=0.6)
@@ -242,11 +239,11 @@ def _throughput(
         axes.plot(ends, [by_size[base] * size / base for size in ends], color=MUTED if alone
                   else color, lw=1, ls=dashes, zorder=1)  # fmt: skip
     if alone:
-        for size, rate in zip(one.sizes, rates, strict=True):
+        for size, rate, after in zip(one.sizes, rates, [*rates[1:], math.inf], strict=True):
             axes.annotate(
                 f"{rate:,.0f}" if rate >= 1000 else f"{rate:.4g}",
                 (size, rate),
-                xytext=(5, -11),
+                xytext=(5, -11 if after > rate else 5),  # beside the line, not on it
                 textcoords="offset points",
                 fontsize=8,
                 color=INK,
@@ -312,14 +309,28 @@ def _sizes_axis(axes: Any, sizes: Sequence[int]) -> None:
     axes.set_xlim(sizes[0] / max(1.15, span**0.05), sizes[-1] * max(1.25, span**0.16))
 
 
+def _rates_axis(axes: Any) -> None:
+    """Decades; over less than two of them 1, 2, 5 as well."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    low /= 1.2  # room for the lowest number
+    parts = (1,) if high / low > 100 else (1, 2, 5)
+    ticks = [m * 10.0**e for e in range(-4, 9) for m in parts if low <= m * 10.0**e <= high]
+    axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(low, high)
+
+
 def _key(figure: Any, found: Sequence[Series], baselines: Sequence[int]) -> None:
     from matplotlib.lines import Line2D
 
     handles = []
     both = len({one.mode for one in found}) > 1
+    mixed = len({one.unit for one in found}) > 1
     for number, one in enumerate(found):
         color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
         label = f"{one.name}, {one.mode} scaling" if both or len(found) == 1 else one.name
+        label += f" ({one.unit})" if mixed else ""
         handles.append(Line2D([], [], color=color, marker=marker, ms=5.5, lw=1.7, label=label))
     bases = list(dict.fromkeys(b for one in found for b in baselines_of(one, baselines)))
     for base, dashes in zip(bases if baselines else [], DASHES[1:] * len(bases), strict=False):
