@@ -55,7 +55,7 @@ def _read(path: Path, name: str, mode: str, by: str | None) -> list[Series]:
     except UnicodeDecodeError:
         raise DataError(f"{path} is no UTF-8 text: save it as CSV") from None
     numbered = [(n, text) for n, text in enumerate(lines, 1) if text.strip() and text[0] != "#"]
-    reader = csv.reader(text for _, text in numbered)
+    reader = csv.reader(text + "\n" for _, text in numbered)
     try:
         table = [(numbered[reader.line_num - 1][0], cells) for cells in reader]
     except csv.Error as error:
