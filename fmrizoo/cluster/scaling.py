@@ -20,6 +20,7 @@ MODES = ("strong", "weak")
 UNITS = ("nodes", "ranks")
 STALLS = 0.05  # share of a step spent waiting for data from which on it is worth a sentence
 GOOD = 0.9  # efficiency that needs no explanation
+WIDE = 0.25  # range of an efficiency that is too wide for one
 
 
 @dataclass(frozen=True)
@@ -301,6 +302,12 @@ def _why(series: Series, base: Row, last: Row) -> Iterator[str]:
     (found,) = last.efficiency.values()
     assert found is not None
     head = f"At {last.size} {series.unit} the efficiency is {found.value:.0%}"
+    if found.low is not None and found.high is not None and found.high - found.low > WIDE:
+        yield (
+            f"{head}, but {found.low:.0%} … {found.high:.0%} over the rounds: too uncertain to say "
+            "what limits. Measure again on a quieter machine, or with more rounds."
+        )
+        return
     if (found.high or found.value) >= GOOD:
         yield f"{head}: nothing limits that these numbers could show."
         return

@@ -159,12 +159,16 @@ def headline(series: Series, baselines: Sequence[int] = ()) -> str:
         return f"{series.name}: nothing to compare but rows of more threads than cores"
     last = rows[-1]
     said = " and ".join(
-        f"{one.value:.1%} of ideal growth from {base}"
+        f"{one.value:.1%}{_spread(one)} of ideal growth from {base}"
         for base, one in last.efficiency.items()
         if one is not None and base != last.size
     )
     rate = f"{plain(last.point.rate)} clips/s on {last.size} {series.unit}"
     return f"{series.name}: {rate}" + (f", {said}" if said else "")
+
+
+def _spread(one: Efficiency) -> str:
+    return "" if one.low is None else f" ({one.low:.1%} … {one.high:.1%})"
 
 
 def _page(found: Sequence[Series], baselines: Sequence[int]) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from typer.testing import CliRunner
 
 from fmrizoo.cli import app
@@ -27,7 +26,7 @@ from fmrizoo.trainer.folder import read_metrics
 from fmrizoo.types import Grid
 from fmrizoo.zoo import load_recipe
 
-SETTINGS = [*TINY, "train.validate_every=0", "train.batch_size=4"]
+SETTINGS = ["backbone.embed_dim=8", "backbone.num_heads=[1,2]", "train.batch_size=4"]
 
 
 @dataclass

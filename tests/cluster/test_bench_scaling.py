@@ -121,6 +121,13 @@ def test_the_loader_is_named_where_it_limits() -> None:
     assert "nothing limits" in said
 
 
+def test_rounds_that_disagree_say_nothing_about_limits() -> None:
+    found = here([(10, 10, 10), (10, 4, 16)], [0.0, 0.0])
+    (said,) = limits(found)
+    assert "is 50%, but 20% … 80% over the rounds: too uncertain" in said
+    assert "50.0% (20.0% … 80.0%) of ideal growth from 1" in headline(found)
+
+
 def test_more_threads_than_cores_is_said_and_not_counted() -> None:
     found = here([(100,), (190,), (200,)], [0.0, 0.0, 0.0], cores=2)
     said = limits(found)
