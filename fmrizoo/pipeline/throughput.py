@@ -254,7 +254,11 @@ def _free_port() -> int:
 
 
 def take_steps(recipe: Recipe, out: Path, *, synthetic: bool) -> None:
-    """All steps of one start on this rank; only the run folder's small files are written."""
+    """All steps of one start on this rank; only the run folder's small files are written.
+
+    Raises:
+        TrainingError: a signal came before the last step, or what the trainer raises.
+    """
     from fmrizoo.data.clips import ClipTable
     from fmrizoo.pipeline.inputs import fit_grid, loader, run_training
     from fmrizoo.pipeline.random_clips import RandomClips, grid_of
@@ -278,7 +282,7 @@ def take_steps(recipe: Recipe, out: Path, *, synthetic: bool) -> None:
             return RandomClips(grid, micro, seed=recipe.train.seed * 1000 + of.rank)
         return loader(table, recipe, micro, world=of)
 
-    run_training(
+    done = run_training(
         TrainerInputs(
             model=model,
             recipe=recipe,
@@ -288,6 +292,8 @@ def take_steps(recipe: Recipe, out: Path, *, synthetic: bool) -> None:
             measured_only=True,
         )
     )
+    if done.interrupted:
+        raise TrainingError(f"a signal stopped the ranks after step {done.step}")
 
 
 def main(words: dict[str, Any]) -> int:
