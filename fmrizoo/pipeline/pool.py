@@ -95,7 +95,7 @@ def _side_by_side(
         ProcessPoolExecutor(
             min(workers, len(jobs)),
             mp_context=context,
-            initializer=_stop_without,
+            initializer=stop_without,
             initargs=(os.getpid(),),
         ) as pool,
         _forwarding() as stopped,
@@ -136,7 +136,7 @@ class _Worker:
 _worker = _Worker()
 
 
-def _stop_without(parent: int) -> None:
+def stop_without(parent: int) -> None:
     """In a worker: stop as if told to when the process that started it is gone.
 
     A worker that goes on alone would train into folders that the next call trains into as well.

@@ -195,9 +195,15 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def describe(world: World, device: str) -> dict[str, Any]:
-    """What env.json says about the ranks."""
-    return {"device": device, "world_size": world.size, "launcher": world.launcher}
+def describe(world: World, device: str, nodes: int = 1) -> dict[str, Any]:
+    """What env.json says about the ranks, and about the cores that rank 0's node gives it."""
+    return {
+        "device": device,
+        "world_size": world.size,
+        "nodes": nodes,
+        "cores": len(os.sched_getaffinity(0)),
+        "launcher": world.launcher,
+    }
 
 
 class MetricsFile:

@@ -80,6 +80,8 @@ class TrainerInputs:
         contract, tasks, seen_runs: Stored with the exported model.
         features: Made before the first step, removed after the export; its streams then stand in
             for those of ``loader_for``, which must be :class:`fmrizoo.data.loader.Loader`.
+        measured_only: Steps are taken for their times: metrics are written, nothing is saved or
+            exported, and the same call begins anew.
     """
 
     model: nn.Module
@@ -93,6 +95,7 @@ class TrainerInputs:
     tasks: tuple[TaskSpec, ...] = ()
     seen_runs: Sequence[str] = ()
     features: FeatureCache | None = None
+    measured_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class TrainResult:
         resumed_from: Step of the checkpoint that this call started from; None: from scratch.
         seconds: Training time over all starts.
         checkpoints: Whole checkpoints, newest first.
-        model: Folder of the exported weights; None when interrupted.
+        model: Folder of the exported weights; None when interrupted, or only measured.
         interrupted: A signal stopped the run before its end.
         already_finished: Nothing was left to do.
         stopped_early: The validations no longer got better (``train.patience``).

@@ -76,7 +76,7 @@ def train(inputs: TrainerInputs) -> TrainResult:
         try:
             interrupted = run.steps()
             run.published()
-            if not interrupted:
+            if not interrupted and not inputs.measured_only:
                 run.export()
                 run.drop_features()
         finally:
@@ -140,8 +140,9 @@ class _Run:
             self.engine, self.folder, self.ranks, self.cfg.keep, at_once=not self.cfg.async_save
         )
         self._resume()
+        nodes = self.ranks.nodes()
         if self.world.main:
-            facts = describe(self.world, str(self.device))
+            facts = describe(self.world, str(self.device), nodes)
             facts |= {"resumed_from": self.resumed_from, "accounting": self.accounting.to_dict()}
             self.folder.write_start(self.inputs.recipe, facts)
             checkpoint.clear_partial(self.folder.checkpoints)
@@ -354,7 +355,7 @@ class _Run:
 
     def save(self) -> None:
         """Publish a checkpoint of the current step (all ranks)."""
-        if self.saved_at == self.step:
+        if self.saved_at == self.step or self.inputs.measured_only:
             return
         assert self.saver is not None
         if self.metrics is not None:
@@ -449,7 +450,7 @@ class _Run:
             resumed_from=self.resumed_from,
             seconds=self.before if finished else self._seconds(),
             checkpoints=tuple(checkpoint.found(self.folder.checkpoints)),
-            model=None if interrupted else self.folder.model,
+            model=None if interrupted or self.inputs.measured_only else self.folder.model,
             interrupted=interrupted,
             already_finished=finished,
             stopped_early=stopped,

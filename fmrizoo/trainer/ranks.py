@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -64,6 +65,10 @@ class Ranks:
         everyone: list[T] = [value] * self.world.size
         dist.all_gather_object(everyone, value)
         return everyone
+
+    def nodes(self) -> int:
+        """Machines that the ranks run on, by their host names."""
+        return len(set(self.gathered(socket.gethostname())))
 
     def reduced(self, values: list[float]) -> list[float]:
         """Sum over ranks, in float64."""
