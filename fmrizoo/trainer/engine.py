@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fmrizoo.config import TrainConfig
 from fmrizoo.errors import CheckpointError, RecipeError, TrainingError
+from fmrizoo.trainer.construction import partition, share
 from fmrizoo.trainer.device import World, load_deepspeed
 from fmrizoo.types import Batch, ReadBatch
 
@@ -158,6 +159,10 @@ def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[
         # Small parameters stay whole on every rank; "small" is relative to the model.
         zero["stage3_param_persistence_threshold"] = min(100_000, parameters // 1000)
         zero["stage3_prefetch_bucket_size"] = bucket
+    if train.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if train.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch(train, world),
         "gradient_accumulation_steps": accumulation(train, world),
@@ -166,6 +171,8 @@ def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[
         "bf16": {"enabled": train.precision == "bf16", "immediate_grad_update": True},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
+        # Offloaded states are updated by PyTorch's AdamW: DeepSpeed's own would be compiled.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
     }
     if stage > 0:
@@ -217,19 +224,22 @@ class Engine:
         if self.stage != train.zero_stage:
             log.info("train.zero_stage=0 with bf16 runs as stage 1: stage 0 would step wrongly")
         self._exact = self._high_precision_copy(world)
+        # Before parameters are taken apart: then they have no shape.
         self.parameters = sum(p.numel() for p in model.parameters())
         groups = param_groups(model, train)
         self._base, self._rates = train.lr, [float(g["lr"]) for g in groups]
         self.groups = groups_sentence(groups, train)
         self.lr = 0.0
         total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        config = deepspeed_config(train, world, total)
+        if self.stage == 3:
+            partition(model, world, device, self.dtype, self._deepspeed.zero, config)
+        else:
+            share(model, world, device, self.dtype)
         first, second = train.betas
         optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=train.eps)
         self._engine, *_ = self._deepspeed.initialize(
-            model=model.to(device),
-            optimizer=optimizer,
-            config=deepspeed_config(train, world, total),
-            dist_init_required=False,
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
 
     def _high_precision_copy(self, world: World) -> dict[str, Tensor]:
@@ -237,8 +247,10 @@ class Engine:
         if self.dtype == torch.float32 or not world.main:
             return {}
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
+        # Parameters are not copied: in bf16 the model gets new tensors and lets go of these.
         return {
-            name: value.detach().cpu().clone()
+            name: value.detach().cpu().clone() if name in buffers else value.detach().cpu()
             for name, value in self.model.state_dict().items()
             if name not in trained and value.is_floating_point()
         }
