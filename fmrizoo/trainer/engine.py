@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fmrizoo.config import TrainConfig
 from fmrizoo.errors import CheckpointError, RecipeError, TrainingError
+from fmrizoo.trainer.compiling import compiled, set_compile
 from fmrizoo.trainer.construction import partition, share
 from fmrizoo.trainer.device import World, load_deepspeed
 from fmrizoo.types import Batch, ReadBatch
@@ -34,6 +35,7 @@ from fmrizoo.types import Batch, ReadBatch
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BUCKET = 200_000_000  # numbers that are reduced or gathered at a time
 _INNER = "deepspeed"  # DeepSpeed's tag inside a checkpoint folder
 
 
@@ -148,8 +150,8 @@ def zero_stage(train: TrainConfig) -> int:
 def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[str, Any]:
     """DeepSpeed's config dict for a model of so many ``parameters``."""
     stage = zero_stage(train)
-    # Buckets no larger than the model (DeepSpeed allocates them whole); it wants an even number.
-    bucket = min(parameters + parameters % 2, 200_000_000)
+    # No larger than the model (DeepSpeed allocates them whole); it wants an even number.
+    bucket = min(parameters + parameters % 2, BUCKET)
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket,
@@ -238,6 +240,8 @@ class Engine:
             share(model, world, device, self.dtype)
         first, second = train.betas
         optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=train.eps)
+        self._compile = train.compile
+        set_compile(model, train.compile, device)
         self._engine, *_ = self._deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -262,8 +266,9 @@ class Engine:
         ranks (left to :meth:`step` at ZeRO 1–3).
         """
         self._advance()
-        loss, logs = self._engine(batch)
-        self._engine.backward(loss)
+        with compiled(self._compile):
+            loss, logs = self._engine(batch)
+            self._engine.backward(loss)
         self._pending = True
         return loss.detach(), logs
 
