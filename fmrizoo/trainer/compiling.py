@@ -88,7 +88,10 @@ def compiled(mode: str) -> Iterator[None]:
         return
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except (
+        torch._dynamo.exc.TorchDynamoException,
+        torch._dynamo.exc.FailOnRecompileLimitHit,
+    ) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise TrainingError(
             f"train.compile={mode} failed: {lines[0] if lines else type(error).__name__}; use "

@@ -85,7 +85,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Batch]]] =
 
 def config(**changes: Any) -> TrainConfig:
     """Three steps of two micro-batches a rank; clipping acts on some."""
-    return train_config(**{"steps": 3, "lr": 0.005, **changes})
+    return train_config(**{"steps": 3, "lr": 0.005, "clip_norm": 1.3, **changes})
 
 
 def stepped(world: World, model: str, train: TrainConfig) -> dict[str, Any]:
