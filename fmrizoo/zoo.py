@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from fmrizoo.config import Recipe, compose
 from fmrizoo.errors import CheckpointError, RecipeError
@@ -19,7 +21,7 @@ from fmrizoo.registry import BACKBONES, HEADS, OBJECTIVES, suggest
 from fmrizoo.types import Backbone, Contract, TaskSpec
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 RecipeLike = str | Path | dict[str, Any] | Recipe
 
@@ -284,29 +286,34 @@ def load(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: no model there, damaged files, or weights that do not fit their recipe.
     """
-    from fmrizoo.trainer.export import read_model
+    from fmrizoo.trainer.export import open_model
 
     folder = model_folder(path)
-    weights, info = read_model(folder)
+    weights, info = open_model(folder)
     model: nn.Module = build_model(load_recipe(info.recipe), info.tasks)
     check_parametrization(folder, model)
     load_strictly(model, weights, str(folder))
     return model.eval()
 
 
-def load_strictly(model: nn.Module, weights: dict[str, Any], where: str) -> None:
+def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
     """Load weights by name; anything missing, unexpected or of another shape is an error.
 
     Raises:
         CheckpointError: names what does not fit.
+
+    What is on the meta device is checked and stays without values.
     """
     own = model.state_dict()
-    missing = sorted(own.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - own.keys())
+    given = getattr(weights, "shapes", None)  # of a file: known before anything is read
+    if given is None:
+        given = {name: tuple(value.shape) for name, value in weights.items()}
+    missing = sorted(own.keys() - given.keys())
+    unexpected = sorted(given.keys() - own.keys())
     shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & weights.keys())
-        if own[name].shape != weights[name].shape
+        f"{name} {given[name]} instead of {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & given.keys())
+        if tuple(own[name].shape) != given[name]
     ]
     faults = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
     if any(faults.values()):
@@ -316,7 +323,12 @@ def load_strictly(model: nn.Module, weights: dict[str, Any], where: str) -> None
             if names
         )
         raise CheckpointError(f"the weights in {where} do not fit the model: {said}")
-    model.load_state_dict(weights)
+    model.load_state_dict({}, strict=False)  # modules that refuse to be loaded say so
+    with torch.no_grad():
+        # One at a time: of a file that is as large as the model, no more is in memory.
+        for name, value in own.items():
+            if not value.is_meta:
+                value.copy_(weights[name])
 
 
 def load_encoder(backbone: Backbone, path: str | Path) -> tuple[Contract | None, tuple[str, ...]]:
@@ -328,19 +340,18 @@ def load_encoder(backbone: Backbone, path: str | Path) -> tuple[Contract | None,
     Raises:
         CheckpointError: no model there, or an encoder of another architecture or parametrization.
     """
-    from fmrizoo.trainer.export import read_model
+    from fmrizoo.trainer.export import open_model
 
     folder = model_folder(path)
-    weights, info = read_model(folder)
+    weights, info = open_model(folder)
     if info.recipe.get("head"):
         # The head may have put something of its own into the encoder: merge it, or take it out.
         model = load(folder)
         assert isinstance(model, DownstreamModel)
         model.head.release(model.backbone)
-        encoder = model.backbone.state_dict()
+        encoder: Mapping[str, Tensor] = model.backbone.state_dict()
     else:
-        prefix = "backbone."
-        encoder = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        encoder = weights.within("backbone.")
     if not encoder:
         raise CheckpointError(f"{folder} holds no encoder (no weight is named backbone.*)")
     check_encoder(folder, backbone)

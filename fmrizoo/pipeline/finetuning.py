@@ -76,6 +76,7 @@ def finetune(
         CheckpointError: ``init_from`` is no model, or expects data preprocessed in another way.
     """
     from fmrizoo.trainer.cache import FeatureCache
+    from fmrizoo.trainer.construction import construction
     from fmrizoo.trainer.device import discover, seed_everything
     from fmrizoo.trainer.inputs import TrainerInputs
 
@@ -86,10 +87,11 @@ def finetune(
     check_monitor(recipe, data)
     clips = _labelled(recipe, data)
     seed_everything(recipe.train.seed)
-    backbone = build_encoder(recipe)
-    fit_grid(backbone, clips.train)
-    seen = start_encoder(backbone, recipe, data, clips.train, ("validation", "test"))
-    model = build_downstream(backbone, recipe, clips.tasks)
+    with construction(world):
+        backbone = build_encoder(recipe)
+        fit_grid(backbone, clips.train)
+        seen = start_encoder(backbone, recipe, data, clips.train, ("validation", "test"))
+        model = build_downstream(backbone, recipe, clips.tasks)
     features = None
     if recipe.train.cache_features:
         tables = {"train": clips.train, "validation": clips.validation}

@@ -47,6 +47,7 @@ def pretrain(recipe: Recipe, out: Path, *, on_step: OnStep | None = None) -> Tra
         RecipeError: no objective, or a model that does not fit the data.
         DataError, CorruptStoreError: unusable data.
     """
+    from fmrizoo.trainer.construction import construction
     from fmrizoo.trainer.device import discover, seed_everything
     from fmrizoo.trainer.inputs import TrainerInputs
 
@@ -60,9 +61,10 @@ def pretrain(recipe: Recipe, out: Path, *, on_step: OnStep | None = None) -> Tra
     table = ClipTable.windows(data.store, data.part("train"), recipe.data)
     held_out = data.windows("validation", recipe)
     seed_everything(recipe.train.seed)
-    model = cast(PretrainingModel, build_model(recipe))
-    fit_grid(model.backbone, table)
-    seen = start_encoder(model.backbone, recipe, data, table, ("test",))
+    with construction(world):
+        model = cast(PretrainingModel, build_model(recipe))
+        fit_grid(model.backbone, table)
+        seen = start_encoder(model.backbone, recipe, data, table, ("test",))
     save_split(data.split, out, recipe, world)
     result = run_training(
         TrainerInputs(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from fmrizoo.sections.checks import one_of, require
 
 CHECKPOINTING = ("none", "block", "window-chunk")
+OFFLOAD = ("none", "optimizer", "parameters")
+COMPILE = ("none", "blocks", "model")
 
 
 @dataclass
@@ -28,6 +30,8 @@ class TrainConfig:
     ema: float = 0.0  # per-step decay of running means of the weights, used and exported; 0: none
     precision: str = "fp32"  # fp32 | bf16 (bf16 weights, fp32 master weights and gradient sums)
     zero_stage: int = 1  # DeepSpeed ZeRO 0–3
+    offload: str = "none"  # none | optimizer | parameters: what lies in the host's memory instead
+    compile: str = "none"  # torch.compile: none | blocks (each by itself) | model (as a whole)
     checkpointing: str = "none"  # activations: none | block | window-chunk: recomputed backward
     seed: int = 0  # initialisation, order, masks, dropout
     log_every: int = 1  # steps between two lines of metrics.jsonl
@@ -54,8 +58,16 @@ class TrainConfig:
         )
         one_of("train.precision", self.precision, ("fp32", "bf16"))
         one_of("train.checkpointing", self.checkpointing, CHECKPOINTING)
+        one_of("train.offload", self.offload, OFFLOAD)
+        one_of("train.compile", self.compile, COMPILE)
         one_of("train.device", self.device, ("auto", "cpu", "cuda", "xpu"))
         require(self.zero_stage in (0, 1, 2, 3), f"train.zero_stage is 0–3, got {self.zero_stage}")
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        require(
+            self.zero_stage >= least,
+            f"train.offload={self.offload} needs train.zero_stage"
+            f"{'=3' if least == 3 else ' 1, 2 or 3'}, got {self.zero_stage}",
+        )
         for key in ("steps", "batch_size", "accumulate", "log_every", "keep"):
             value = getattr(self, key)
             require(value >= 1, f"train.{key} must be ≥ 1, got {value}")

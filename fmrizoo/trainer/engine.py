@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from fmrizoo.config import TrainConfig
 from fmrizoo.errors import RecipeError, TrainingError
+from fmrizoo.trainer.compiling import compiled, set_compile
+from fmrizoo.trainer.construction import partition, share
 from fmrizoo.trainer.device import World, load_deepspeed
 from fmrizoo.trainer.fragments import WEIGHT, Fragment, Fragments
 from fmrizoo.trainer.sharded import Sharded, Snapshot, take
@@ -35,6 +37,7 @@ from fmrizoo.types import Batch, ReadBatch
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BUCKET = 200_000_000  # numbers that are reduced or gathered at a time
 
 
 def accumulation(train: TrainConfig, world: World) -> int:
@@ -148,8 +151,8 @@ def zero_stage(train: TrainConfig) -> int:
 def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[str, Any]:
     """DeepSpeed's config dict for a model of so many ``parameters``."""
     stage = zero_stage(train)
-    # Buckets no larger than the model (DeepSpeed allocates them whole); it wants an even number.
-    bucket = min(parameters + parameters % 2, 200_000_000)
+    # No larger than the model (DeepSpeed allocates them whole); it wants an even number.
+    bucket = min(parameters + parameters % 2, BUCKET)
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": bucket,
@@ -159,6 +162,10 @@ def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[
         # Small parameters stay whole on every rank; "small" is relative to the model.
         zero["stage3_param_persistence_threshold"] = min(100_000, parameters // 1000)
         zero["stage3_prefetch_bucket_size"] = bucket
+    if train.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if train.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu"}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch(train, world),
         "gradient_accumulation_steps": accumulation(train, world),
@@ -167,6 +174,8 @@ def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[
         "bf16": {"enabled": train.precision == "bf16", "immediate_grad_update": True},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
+        # Offloaded states are updated by PyTorch's AdamW: DeepSpeed's own would be compiled.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,
     }
     if stage > 0:
@@ -220,19 +229,24 @@ class Engine:
             log.info("train.zero_stage=0 with bf16 runs as stage 1: stage 0 would step wrongly")
         self._main = world.main
         self._exact = self._high_precision_copy(world)
+        # Before parameters are taken apart: then they have no shape.
         self.parameters = sum(p.numel() for p in model.parameters())
         groups = param_groups(model, train)
         self._base, self._rates = train.lr, [float(g["lr"]) for g in groups]
         self.groups = groups_sentence(groups, train)
         self.lr = 0.0
         total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        config = deepspeed_config(train, world, total)
+        if self.stage == 3:
+            partition(model, world, device, self.dtype, self._deepspeed.zero, config)
+        else:
+            share(model, world, device, self.dtype)
         first, second = train.betas
         optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=train.eps)
+        self._compile = train.compile
+        set_compile(model, train.compile, device)
         self._engine, *_ = self._deepspeed.initialize(
-            model=model.to(device),
-            optimizer=optimizer,
-            config=deepspeed_config(train, world, total),
-            dist_init_required=False,
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.fragments = Fragments(model, self._engine, self.stage, world.rank)
         self._ema = train.ema
@@ -244,8 +258,10 @@ class Engine:
         if self.dtype == torch.float32 or not world.main:
             return {}
         trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        buffers = {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
+        # Parameters are not copied: in bf16 the model gets new tensors and lets go of these.
         return {
-            name: value.detach().cpu().clone()
+            name: value.detach().cpu().clone() if name in buffers else value.detach().cpu()
             for name, value in self.model.state_dict().items()
             if name not in trained and value.is_floating_point()
         }
@@ -257,8 +273,9 @@ class Engine:
         ranks (left to :meth:`step` at ZeRO 1–3).
         """
         self._advance()
-        loss, logs = self._engine(batch)
-        self._engine.backward(loss)
+        with compiled(self._compile):
+            loss, logs = self._engine(batch)
+            self._engine.backward(loss)
         self._pending = True
         return loss.detach(), logs
 

@@ -8,7 +8,7 @@ of the weights, so that a config and weights that do not belong together are ref
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -158,15 +158,54 @@ def read_info(folder: Path) -> ModelInfo:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
+class Weights(Mapping[str, Tensor]):
+    """Tensors of a safetensors file: each is read when it is asked for, and not kept.
+
+    Attributes:
+        shapes: By name; nothing is read for them.
+    """
+
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        from safetensors import safe_open
+
+        self._path, self._prefix = path, prefix
+        self._file: Any = safe_open(path, framework="pt")
+        names = [name for name in self._file.keys() if name.startswith(prefix)]
+        self.shapes = {
+            name.removeprefix(prefix): tuple(self._file.get_slice(name).get_shape())
+            for name in names
+        }
+
+    def within(self, prefix: str) -> Weights:
+        """Those whose names begin with ``prefix``, by what follows it."""
+        return Weights(self._path, self._prefix + prefix)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(self._prefix + name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
 def read_model(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
-    """Weights and info that :func:`save_model` wrote.
+    """All weights, and the info, that :func:`save_model` wrote (see :func:`open_model`)."""
+    weights, info = open_model(folder)
+    return dict(weights), info
+
+
+def open_model(folder: Path) -> tuple[Weights, ModelInfo]:
+    """Weights, which are not read yet, and info that :func:`save_model` wrote.
 
     Raises:
         CheckpointError: a file is missing or unreadable, or the weights are not those that the
             config was written with.
     """
-    from safetensors.torch import load_file
-
     info = read_info(folder)
     path = folder / WEIGHTS
     if not path.is_file():
@@ -176,7 +215,7 @@ def read_model(folder: Path) -> tuple[dict[str, Tensor], ModelInfo]:
             f"{path} is damaged or belongs to another {CONFIG}: its SHA-256 is {found[:12]}…, "
             f"{CONFIG} says {info.sha256[:12]}…; copy or export the model again"
         )
-    return load_file(path), info
+    return Weights(path), info
 
 
 def check_contract(expected: Contract | None, found: Contract, model: Path, data: Path) -> None:

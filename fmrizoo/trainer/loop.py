@@ -23,6 +23,7 @@ from fmrizoo.mup.stored import check_parametrization, write_parametrization
 from fmrizoo.trainer import checkpoint
 from fmrizoo.trainer.accounting import Accounting, account
 from fmrizoo.trainer.checkpoint import RunState
+from fmrizoo.trainer.construction import share
 from fmrizoo.trainer.device import (
     init_distributed,
     resolve_device,
@@ -125,6 +126,7 @@ class _Run:
             return True
         # Before DeepSpeed changes the encoder's weights (dtype) or takes them apart (ZeRO 3).
         dtype = DTYPES[self.cfg.precision]
+        share(self.inputs.model, self.world, self.device)
         made = cache.build(self.device, dtype, self.ranks, lambda: self.stop.requested)
         # What is saved at every step is paid for here.
         self.before, self.began = self._seconds(), time.monotonic()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fmrizoo.errors import TrainingError
+from fmrizoo.trainer import device
 from fmrizoo.trainer.device import (
     World,
     discover,
@@ -320,3 +324,66 @@ def test_ranks_draw_differently_and_seeds_repeat() -> None:
         seed_everything(seed, rank)
         drawn.append(tuple(draw()))
     assert drawn[0] == drawn[3] and len(set(drawn)) == 3
+
+
+class FakeDevices:
+    """Stands in for ``torch.cuda`` or ``torch.xpu``: devices with a random state each."""
+
+    def __init__(self) -> None:
+        self.current: list[torch.device] = []
+        self.states = {0: torch.tensor([1]), 1: torch.tensor([2])}
+
+    def set_device(self, device: torch.device) -> None:
+        self.current.append(device)
+
+    def get_rng_state(self, device: torch.device) -> torch.Tensor:
+        return self.states[device.index].clone()
+
+    def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+        self.states[device.index] = state
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_random_state_of_the_ranks_own_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices, own = FakeDevices(), torch.device(kind, 1)
+    monkeypatch.setattr(torch, kind, devices)
+    kept = rng_state(own)
+    devices.states = {0: torch.tensor([7]), 1: torch.tensor([8])}
+    set_rng_state(kept, own)
+    assert {n: int(s) for n, s in devices.states.items()} == {0: 7, 1: 2}
+    assert "device" not in rng_state(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("cuda", "nccl"), ("xpu", "xccl")])
+def test_ranks_meet_on_their_device_by_its_backend(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every name that DeepSpeed is given: its accelerator and its collectives are stand-ins."""
+    devices, told = FakeDevices(), dict[str, Any]()
+    accelerator = SimpleNamespace(communication_backend_name=lambda: backend)
+    deepspeed = SimpleNamespace(
+        get_accelerator=lambda: accelerator, init_distributed=lambda **given: told.update(given)
+    )
+    monkeypatch.setattr(torch, kind, devices)
+    monkeypatch.setattr(device, "load_deepspeed", lambda _: deepspeed)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "0")  # put back afterwards
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    device.init_distributed(World(5, 8, 1, "test"), torch.device(kind, 1))
+    assert devices.current == [torch.device(kind, 1)]
+    assert (told["dist_backend"], told["rank"], told["world_size"]) == (backend, 5, 8)
+    assert told["init_method"] == "tcp://node1:29500" and not told["auto_mpi_discovery"]
+    assert os.environ["LOCAL_RANK"] == "1"
+
+
+def test_deepspeed_of_another_device_is_refused() -> None:
+    before = os.environ["DS_ACCELERATOR"]
+    device.load_deepspeed(torch.device("cpu"))
+    with pytest.raises(TrainingError, match="runs on cpu in this process, cannot switch to xpu"):
+        try:
+            device.load_deepspeed(torch.device("xpu", 0))
+        finally:
+            os.environ["DS_ACCELERATOR"] = before

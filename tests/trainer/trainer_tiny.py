@@ -241,7 +241,8 @@ def reference(
     *,
     ranks: int = 1,
     frozen: bool = False,
-    make: Callable[[], TinyModel] | None = None,
+    make: Callable[[], nn.Module] | None = None,
+    given: Callable[[int, int], Batch] = clips,
 ) -> Reference:
     """What the trainer must compute, written out in plain PyTorch with fp32 master weights."""
     make = make or partial(tiny, frozen=frozen)
@@ -259,7 +260,7 @@ def reference(
             worker = make()
             worker.load_state_dict(master.state_dict())
             worker.to(dtype)
-            loss, _ = worker(clips((step * parts + part) * micro, micro).to("cpu", dtype))
+            loss, _ = worker(given((step * parts + part) * micro, micro).to("cpu", dtype))
             (loss / train.accumulate).backward()
             total += float(loss.detach()) / parts
             for p, q in zip(master.parameters(), worker.parameters(), strict=True):
