@@ -224,7 +224,9 @@ class Engine:
         self.lr = 0.0
         total = sum(p.numel() for p in model.parameters() if p.requires_grad)
         first, second = train.betas
-        optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=train.eps)
+        # One pass over memory instead of some ten, on every device; the loop that PyTorch takes on a
+        # CPU by itself was a fifth of a step.
+        optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=train.eps, fused=True)
         self._engine, *_ = self._deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer,
