@@ -66,7 +66,9 @@ class BareLoop:
         self._masters = self._weights
         if self.dtype != torch.float32:
             for group in groups:
-                group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+                # DeepSpeed's masters begin as the rounded weights: so do these, to compare losses.
+                rounded = [p.detach().to(self.dtype).float() for p in group["params"]]
+                group["params"] = [nn.Parameter(value) for value in rounded]
             self._masters = [p for g in groups for p in g["params"]]
             for master in self._masters:
                 master.grad = torch.zeros_like(master)
