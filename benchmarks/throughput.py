@@ -96,13 +96,13 @@ def stalls(store: Store, steps: int, batch: int, names: list[str]) -> None:
     evict(store.path)
     stall_row(f"{quickest}, cold", batch, run(quickest, store, steps, batch))
     stall_row(f"{quickest}, 1 reader", batch, run(quickest, store, steps, batch, threads=1))
-    # Two threads that take this long for a clip give 1 / 0.75 of a step's clips too few.
-    slow = 1.5 * seconds[quickest] / batch
-    found = run(quickest, store, min(steps, 2), batch, delay=2 * slow)
+    # Two readers, each slower than a step by three times: clips come too late in every step.
+    delay = 3 * seconds[quickest] / batch
+    found = run(quickest, store, min(steps, 2), batch, delay=delay)
     shares = stall_row(f"{quickest}, slow disk", batch, found)
     print(
-        f"The last row is a control: every clip takes {2 * slow:.2f} s more to read. Its stall must "
-        f"be seen: {'seen' if shares[0] > 0.1 else 'NOT SEEN, so the rows above say nothing'}."
+        f"The last row is a control: every clip takes {delay:.2f} s more to read. Its stall must"
+        f" be seen: {'seen' if shares[0] > 0.1 else 'NOT SEEN, so the rows above say nothing'}."
     )
 
 

@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from soak_tiny import GROWTH, Held, Plan, Seen, leaks, make_store, slopes, soak
+from trainer_tiny import on_ranks, rows, timeless
 
 from fmrizoo.trainer.device import World
 from fmrizoo.trainer.export import read_model
 from fmrizoo.trainer.inputs import StepEvent
-
-from soak_tiny import GROWTH, Held, Plan, Seen, leaks, make_store, slopes, soak
-from trainer_tiny import on_ranks, rows, timeless
 
 STEPS = int(os.environ.get("FMRIZOO_SOAK_STEPS", "3000"))
 SHORT = 600  # of a run with a leak on purpose
