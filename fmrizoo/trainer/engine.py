@@ -224,9 +224,10 @@ class Engine:
         self.lr = 0.0
         total = sum(p.numel() for p in model.parameters() if p.requires_grad)
         first, second = train.betas
-        # One pass over memory instead of some ten; the loop that PyTorch takes on a CPU by itself
-        # was four times slower.
-        optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=train.eps, fused=True)
+        # One pass over memory instead of some ten: the loop that PyTorch takes on a CPU by itself
+        # is four times slower. Elsewhere its own choice (foreach) stands.
+        fused = True if device.type == "cpu" else None
+        optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=train.eps, fused=fused)
         self._engine, *_ = self._deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer,
