@@ -242,7 +242,10 @@ class Engine:
         else:
             share(model, world, device, self.dtype)
         first, second = train.betas
-        optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=train.eps)
+        # One pass over memory instead of some ten: the loop that PyTorch takes on a CPU by itself
+        # is four times slower. Elsewhere its own choice (foreach) stands.
+        fused = True if device.type == "cpu" else None
+        optimizer = torch.optim.AdamW(groups, betas=(first, second), eps=train.eps, fused=fused)
         self._compile = train.compile
         set_compile(model, train.compile, device)
         self._engine, *_ = self._deepspeed.initialize(
