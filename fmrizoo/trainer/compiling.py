@@ -93,8 +93,10 @@ def compiled(mode: str) -> Iterator[None]:
         torch._dynamo.exc.FailOnRecompileLimitHit,
     ) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # The first line often only says who raised what the second says.
+        reason = " ".join(lines[: 2 if lines[:1] and lines[0].endswith(":") else 1])
         raise TrainingError(
-            f"train.compile={mode} failed: {lines[0] if lines else type(error).__name__}; use "
+            f"train.compile={mode} failed: {reason or type(error).__name__}; use "
             f"train.compile=none, or TORCH_LOGS=+dynamo to see where"
         ) from error
 

@@ -170,7 +170,8 @@ class Weights(Mapping[str, Tensor]):
 
         self._path, self._prefix = path, prefix
         self._file: Any = safe_open(path, framework="pt")
-        names = [name for name in self._file.keys() if name.startswith(prefix)]
+        every: list[str] = self._file.keys()
+        names = [name for name in every if name.startswith(prefix)]
         self.shapes = {
             name.removeprefix(prefix): tuple(self._file.get_slice(name).get_shape())
             for name in names

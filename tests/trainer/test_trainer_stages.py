@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from stages_tiny import CPU, MODELS, Bytes, Layers, config, stepped
 from torch import nn
-from trainer_tiny import clips, on_ranks, reference
+from trainer_tiny import Reference, on_ranks, reference
 
 from fmrizoo.errors import RecipeError
 from fmrizoo.sections.train import TrainConfig
@@ -20,12 +21,11 @@ from fmrizoo.trainer.device import World, init_distributed
 from fmrizoo.trainer.engine import Engine, groups_sentence, param_groups
 
 STAGES = (0, 1, 2, 3)
-# What lies in the host's memory takes its own way through DeepSpeed; muP's pair runs it too.
-PLAIN = [(model, stage, "none") for model in MODELS for stage in STAGES]
-OFFLOADED = [(model, stage, "optimizer") for model in ("tiny", "swin4d") for stage in (1, 2, 3)]
-OFFLOADED += [(model, 3, "parameters") for model in ("tiny", "swin4d")]
-TWO = PLAIN + OFFLOADED
-FOUR = [("neuromamba", 3, "none")]  # in the fast tests; all others are slow
+OFFLOADED = [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")]
+TWO = [(model, stage, "none") for model in MODELS for stage in STAGES]
+TWO += [("tiny", stage, offload) for stage, offload in OFFLOADED]
+FOUR = [("tiny", 3, "none")]  # in the fast tests; all others are slow
+ALL = TWO + [(model, *way) for model in ("swin4d", "neuromamba") for way in OFFLOADED]
 
 ALONE = World()
 Told = dict[tuple[str, int, str], dict[str, Any]]
@@ -38,13 +38,18 @@ def trained(world: World, cases: list[tuple[str, int, str]]) -> Told:
     }
 
 
-def check(told: list[Told], case: tuple[str, int, str]) -> None:
-    """Against plain PyTorch in this process, with the micro-batches that the ranks took."""
-    model, stage, offload = case
+@cache
+def expected(model: str, ranks: int) -> Reference:
+    """Of plain PyTorch in this process, with the micro-batches that the ranks take."""
     make, given = MODELS[model]
-    train = config(zero_stage=stage, offload=offload)
-    want = reference(train, ranks=len(told), make=make, given=given)
-    groups = param_groups(make(), train)
+    return reference(config(), ranks=ranks, make=make, given=given)
+
+
+def check(told: list[Told], case: tuple[str, int, str]) -> None:
+    """Against plain PyTorch: the stage and the offload change no number."""
+    model = case[0]
+    train, want = config(), expected(model, len(told))
+    groups = param_groups(MODELS[model][0](), train)
     assert len({group["lr"] for group in groups}) > 1, "rates differ, or this proves nothing"
     assert min(want.norms) < train.clip_norm < max(want.norms) or model != "tiny"
     for rank in told:
@@ -54,7 +59,9 @@ def check(told: list[Told], case: tuple[str, int, str]) -> None:
     weights = told[0][case]["weights"]
     assert set(weights) == set(want.weights)
     for name, value in want.weights.items():
-        torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0, msg=name)
+        # A bias of keys has no effect: its gradient is rounding, of which Adam makes whole steps.
+        limit = train.lr * train.steps if name.endswith("qkv.bias") else 1e-5
+        torch.testing.assert_close(weights[name], value, atol=limit, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("case", TWO)
@@ -80,8 +87,8 @@ def test_four_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_four_ranks_all_stages(tmp_path: Path) -> None:
-    told = on_ranks(tmp_path, trained, TWO, size=4)
-    for case in TWO:
+    told = on_ranks(tmp_path, trained, ALL, size=4)
+    for case in ALL:
         check(told, case)
 
 
@@ -102,8 +109,6 @@ def counted(world: World) -> dict[tuple[str, int], tuple[float, ...]]:
             with Bytes() as placing:
                 made = Engine(model, train, world, CPU)
             told[precision, stage] = (building.peak / size, placing.peak / size)
-            made.accumulate(clips(0, 1).to("cpu", made.dtype))
-            made.step(1.0)
             made.close()
     return told
 
