@@ -28,14 +28,15 @@ SWIN = [
     "backbone.img_size=[48,48,48,8]", "data.clip_frames=8", "backbone.patch_size=[6,6,6,1]",
     "backbone.depths=[2,6]", "backbone.num_heads=[4,8]", "backbone.embed_dim=256",
 ]  # fmt: skip
+FACTORIZED = [word.replace("[2,6]", "[4,4]") for word in SWIN]
 MAMBA = ["backbone.img_size=[48,48,48,8]", "data.clip_frames=8", "backbone.embed_dim=768"]
 RECIPES = {
     "swin4d simmim": ["pretrain/swin4d_simmim", *SWIN, "objective.mask_patch_size=[6,6,6,1]"],
     "swin4d ar": ["pretrain/swin4d_ar", *SWIN],
     "factorized simmim": [
-        "pretrain/swin_factorized_simmim", *SWIN, "objective.mask_patch_size=[6,6,6,1]",
+        "pretrain/swin_factorized_simmim", *FACTORIZED, "objective.mask_patch_size=[6,6,6,1]",
     ],
-    "factorized ar": ["pretrain/swin_factorized_ar", *SWIN],
+    "factorized ar": ["pretrain/swin_factorized_ar", *FACTORIZED],
     "neuromamba ar": ["pretrain/neuromamba_ar", *MAMBA],
     "neuromamba simmim": ["pretrain/neuromamba_simmim", *MAMBA],
 }  # fmt: skip

@@ -265,7 +265,8 @@ def trace_step(recipe: Recipe, clips: int) -> Trace:
     dtype = DTYPES[recipe.train.precision]
     with _sane(), Tracer():
         model = build_model(recipe)
-        _haunt(model, dtype)
+    # Outside: a factory that runs under the tracer gives a ghost, and this one must not be nested.
+    _haunt(model, dtype)
     model.train()
     set_checkpointing(model, recipe.train.checkpointing)
     parameters = list(model.parameters())
