@@ -28,7 +28,7 @@ SWIN = [
     "backbone.img_size=[48,48,48,8]", "data.clip_frames=8", "backbone.patch_size=[6,6,6,1]",
     "backbone.depths=[2,6]", "backbone.num_heads=[4,8]", "backbone.embed_dim=256",
 ]  # fmt: skip
-FACTORIZED = [word.replace("[2,6]", "[4,4]") for word in SWIN]
+FACTORIZED = [word.replace("[2,6]", "[4,4]").replace("256", "192") for word in SWIN]
 MAMBA = ["backbone.img_size=[48,48,48,8]", "data.clip_frames=8", "backbone.embed_dim=768"]
 RECIPES = {
     "swin4d simmim": ["pretrain/swin4d_simmim", *SWIN, "objective.mask_patch_size=[6,6,6,1]"],
