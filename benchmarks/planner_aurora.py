@@ -47,7 +47,9 @@ def main() -> None:
         for number, (nodes, measured) in enumerate(TABLE):
             got = throughput(run, machine, nodes)
             role = "fitted" if number < FITTED else "predicted"
-            print(f"  {nodes:4} nodes {measured:8.1f} clips/s, model {got:8.1f} {got / measured - 1:+6.1%} {role}")
+            print(
+                f"  {nodes:4} nodes {measured:8.1f} clips/s, model {got:8.1f} {got / measured - 1:+6.1%} {role}"
+            )
 
 
 if __name__ == "__main__":

@@ -243,7 +243,9 @@ def _row(
         epoch_hours=clips_of_data / rate / 3600,
         node_hours=nodes * train.steps * step.total / 3600,
         staging_seconds=data.subjects * ours.subject_bytes / machine.storage_bandwidth,
-        walls=tuple(_wall(cost, machine, train.batch_size / step.working / nodes) for cost in layouts),
+        walls=tuple(
+            _wall(cost, machine, train.batch_size / step.working / nodes) for cost in layouts
+        ),
     )
 
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fmrizoo.cluster.trace import Trace, trace_step
 from fmrizoo.config import Recipe, TrainConfig
 from fmrizoo.errors import RecipeError
-from fmrizoo.cluster.trace import Trace, trace_step
 from fmrizoo.trainer.device import World
 from fmrizoo.trainer.engine import deepspeed_config, micro_batch, zero_stage
 
@@ -119,9 +119,7 @@ def _moments(train: TrainConfig, trace: Trace, world: World, offload: str) -> It
         one = float(moment.gradient)
         if kind == "bf16":  # a gradient lives until it is added to the fp32 sums, through a copy
             held, buffers = word * one, 4.0 * one
-        elif kind == "plain":
-            held, buffers = word * (done + one), 0.0
-        elif kind == "flat" and stage == 1:
+        elif kind == "plain" or (kind == "flat" and stage == 1):
             held, buffers = word * (done + one), 0.0
         elif kind == "flat":
             held, buffers = word * one, word * bucket
@@ -138,7 +136,9 @@ def _moments(train: TrainConfig, trace: Trace, world: World, offload: str) -> It
         buckets=start.buckets + parts,
         worst="backward",
     )
-    yield replace(start, worst="reduce", **_reduction(kind, stage, word, whole, share, bucket, n, start))
+    yield replace(
+        start, worst="reduce", **_reduction(kind, stage, word, whole, share, bucket, n, start)
+    )
     # Step: AdamW's root and its quotient, both as large as the largest thing it steps at once.
     largest = float(trace.largest) if kind == "plain" else share
     on_device = offload == "none"

@@ -143,7 +143,11 @@ class Tracer(TorchDispatchMode):
         self._ignored.add(_storage(tensor)._cdata)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         flat = tree_flatten((args, kwargs))[0]
@@ -257,9 +261,7 @@ def trace_step(recipe: Recipe, clips: int) -> Trace:
         RecipeError: no objective, no clip, or a model that asks for values.
     """
     if recipe.objective is None or recipe.backbone is None:
-        raise RecipeError(
-            "plan train needs a pretraining recipe, with a backbone and an objective"
-        )
+        raise RecipeError("plan train needs a pretraining recipe, with a backbone and an objective")
     if clips < 1:
         raise RecipeError(f"a micro-step needs at least 1 clip, got {clips}")
     dtype = DTYPES[recipe.train.precision]

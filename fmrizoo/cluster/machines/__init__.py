@@ -93,7 +93,9 @@ def load_machine(name: str | Path) -> Machine:
 def _machine(found: dict[str, Any], path: Path) -> Machine:
     known = [field.name for field in fields(Machine)]
     if missing := [key for key in known if key not in found]:
-        raise RecipeError(f"{path} lacks {', '.join(missing)}: a cluster is described by all of them")
+        raise RecipeError(
+            f"{path} lacks {', '.join(missing)}: a cluster is described by all of them"
+        )
     if unknown := sorted(set(found) - set(known)):
         raise RecipeError(f"{path} has keys that no cluster has: {', '.join(map(str, unknown))}")
     values = dict(found)
@@ -111,7 +113,9 @@ def _machine(found: dict[str, Any], path: Path) -> Machine:
             f"{values['inter_algorithm']!r}"
         )
     if values["ranks_per_node"] != int(values["ranks_per_node"]):
-        raise RecipeError(f"{path}: ranks_per_node is a whole number, got {values['ranks_per_node']}")
+        raise RecipeError(
+            f"{path}: ranks_per_node is a whole number, got {values['ranks_per_node']}"
+        )
     return Machine(**{**values, "ranks_per_node": int(values["ranks_per_node"])})
 
 
