@@ -48,7 +48,8 @@ def main() -> None:
             got = throughput(run, machine, nodes)
             role = "fitted" if number < FITTED else "predicted"
             print(
-                f"  {nodes:4} nodes {measured:8.1f} clips/s, model {got:8.1f} {got / measured - 1:+6.1%} {role}"
+                f"  {nodes:4} nodes {measured:8.1f} clips/s, model {got:8.1f} "
+                f"{got / measured - 1:+6.1%} {role}"
             )
 
 

@@ -256,7 +256,7 @@ def _reading(cost: Cost, machine: Machine, clips: float) -> float:
 
 
 def _wall(cost: Cost, machine: Machine, node_rate: float) -> Wall:
-    """Nodes that together ask for all the file system gives, each training ``node_rate`` clips/s."""
+    """Nodes that together ask for all there is, each training ``node_rate`` clips/s."""
     by_bytes = machine.storage_bandwidth / (node_rate * cost.clip_bytes)
     by_opens = machine.storage_opens / (node_rate * cost.clip_opens)
     limit = "bandwidth" if by_bytes <= by_opens else "opens"

@@ -77,7 +77,8 @@ def load_machine(name: str | Path) -> Machine:
         path = SHIPPED / f"{name}.yaml"
         if str(name) not in shipped():
             raise RecipeError(
-                f"unknown cluster {str(name)!r}: give one of {', '.join(shipped())}, or a .yaml file"
+                f"unknown cluster {str(name)!r}: give one of {', '.join(shipped())}, or a "
+                ".yaml file"
             )
     try:
         found = OmegaConf.to_container(OmegaConf.load(path))
