@@ -88,7 +88,7 @@ def load_machine(name: str | Path) -> Machine:
         raise RecipeError(f"{path} is no YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(found, dict):
         raise RecipeError(f"{path} describes no cluster: it must be a YAML mapping")
-    return _machine(found, path)
+    return _machine({str(key): value for key, value in found.items()}, path)
 
 
 def _machine(found: dict[str, Any], path: Path) -> Machine:
