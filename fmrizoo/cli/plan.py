@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from fmrizoo.cli.shell import app, out
+from fmrizoo.cli.shell import Overrides, RecipeName, app, out
+
+if TYPE_CHECKING:
+    from fmrizoo.cluster.capacity import NodePlan, TrainingPlan
 
 plan = typer.Typer(help="What a job will need on a cluster.", no_args_is_help=True)
 app.add_typer(plan, name="plan")
@@ -87,6 +90,97 @@ def data(
         soft_wrap=True,
         style="dim",
     )
+
+
+@plan.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        str, typer.Option(help="aurora, frontier, perlmutter, laptop, or a YAML file.")
+    ] = "laptop",
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes.")] = "1",
+    subjects: Annotated[int, typer.Option(help="Of the data set.")] = 50_000,
+    frames: Annotated[int, typer.Option(help="Of one subject.")] = 490,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Memory, step time, node-hours and storage of a pretraining, and where it hits a wall.
+
+    By a model, not by measurement: its equations, constants and errors are in docs/planner.md.
+    """
+    from fmrizoo.cluster.capacity import plan_training
+    from fmrizoo.cluster.storage import DataSet
+    from fmrizoo.zoo import load_recipe
+
+    composed = load_recipe(recipe, overrides or [])
+    data_set = DataSet(subjects, frames, clip_frames=composed.data.clip_frames)
+    found = plan_training(composed, cluster, _numbers(nodes, "--nodes"), data=data_set, name=recipe)
+    if as_json:
+        out.print_json(json.dumps(found.to_dict()))
+        return
+    _print_plan(found)
+
+
+def _print_plan(found: TrainingPlan) -> None:
+    out.print(
+        f"{found.parameters / 1e6:,.1f} M parameters, {found.clip_flops / 1e12:,.2f} TFLOP a clip; "
+        f"{found.machine.name}: {found.machine.ranks_per_node} ranks a node"
+    )
+    for row in found.rows:
+        out.print()
+        out.print(_memory_table(row))
+    out.print()
+    out.print(_time_table(found))
+    stored = found.data_bytes
+    out.print(
+        f"\nA checkpoint takes {found.checkpoint_bytes / 1e9:,.1f} GB, all that are kept "
+        f"{found.kept_bytes / 1e9:,.1f} GB. The data take "
+        + ", ".join(f"{size / 1e12:,.1f} TB as {name}" for name, size in stored.items())
+        + ".",
+        soft_wrap=True,
+    )
+    for sentence in found.sentences():
+        out.print(sentence, soft_wrap=True)
+
+
+def _memory_table(row: NodePlan) -> Table:
+    """GB of a rank, a line per stage; the batch counts among the activations."""
+    table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    table.add_column(f"GB, {row.ranks} ranks", no_wrap=True)
+    for name in ("weights", "master", "moments", "grads", "buckets", "activ.", "step", "base"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("total", justify="right", no_wrap=True)
+    table.add_column("host", justify="right", no_wrap=True)
+    for number, held in enumerate(row.stages):
+        values = (
+            held.weights, held.master, held.moments, held.gradients, held.buckets,
+            held.activations + held.batch, held.temporary, held.base, held.total, held.host,
+        )  # fmt: skip
+        name = f"stage {number}" + (f" = {held.stage}" if held.stage != number else "")
+        table.add_row(name, *(f"{value / 1e9:.1f}" for value in values))
+    return table
+
+
+def _time_table(found: TrainingPlan) -> Table:
+    table = Table("nodes", box=None, padding=(0, 1), header_style="dim", pad_edge=False)
+    for name in ("clips", "compute s", "send s", "read s", "step s", "clips/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("epoch h", "node-hours"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found.rows:
+        step = row.step
+        table.add_row(
+            str(row.nodes),
+            f"{row.accumulate} × {row.clips}",
+            f"{step.compute + step.optimizer:.3g}",
+            f"{step.communication:.3g}",
+            f"{step.reading:.3g}",
+            f"{step.total:.3g}",
+            f"{row.throughput:,.1f}",
+            f"{row.epoch_hours:,.2f}",
+            f"{row.node_hours:,.0f}",
+        )
+    return table
 
 
 def _numbers(text: str, option: str) -> list[int]:
