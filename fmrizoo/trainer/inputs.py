@@ -48,6 +48,8 @@ class StepEvent:
         logs: The model's own scalars, averaged likewise.
         validation: Metrics, after steps that validate.
         stall: Share of the step that was spent waiting for data (mean over ranks).
+        skipped: Left out, as something was not finite: loss and norm are NaN, ``lr`` is the last
+            one.
     """
 
     step: int
@@ -59,6 +61,7 @@ class StepEvent:
     logs: dict[str, float]
     validation: dict[str, float] | None = None
     stall: float = 0.0
+    skipped: bool = False
 
 
 @dataclass
