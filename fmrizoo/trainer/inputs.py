@@ -48,8 +48,7 @@ class StepEvent:
         logs: The model's own scalars, averaged likewise.
         validation: Metrics, after steps that validate.
         stall: Share of the step that was spent waiting for data (mean over ranks).
-        skipped: Left out, as something was not finite: loss and norm are NaN, ``lr`` is the last
-            one.
+        skipped: Left out, as something was not finite: loss and norm are NaN.
     """
 
     step: int

@@ -69,28 +69,28 @@ class Stepper:
                 sums[name] = torch.as_tensor(value).detach().double() + sums.get(name, 0.0)
         self._pulse.enter(SHARING)
         bad, stop, waited, means = self._together(sums, batches.taken())
-        norm = self._stepped(bad, step, seen)
+        train = self._train
+        rate = factor(step, train.steps, train.warmup, train.min_lr_ratio)
+        norm = self._stepped(bad, step, rate, seen)
         seconds = max(time.monotonic() - began, 1e-9)
         return stop, StepEvent(
             step=step + 1,
-            steps=self._train.steps,
+            steps=train.steps,
             loss=math.nan if norm is None else means["loss"],
-            lr=self._engine.lr,
+            lr=train.lr * rate,
             grad_norm=math.nan if norm is None else norm,
-            clips_per_second=self._train.batch_size / seconds,
+            clips_per_second=train.batch_size / seconds,
             logs={} if norm is None else {k: v for k, v in means.items() if k != "loss"},
             stall=min(1.0, waited / seconds),
             skipped=norm is None,
         )
 
-    def _stepped(self, bad: bool, step: int, seen: list[Seen]) -> float | None:
+    def _stepped(self, bad: bool, step: int, rate: float, seen: list[Seen]) -> float | None:
         """The gradient's norm after the optimizer's step; None where that was left out."""
         if bad:
             self._not_finite.answer("loss", step + 1, seen)
             return None
         self._pulse.enter(OPTIMIZER)
-        train = self._train
-        rate = factor(step, train.steps, train.warmup, train.min_lr_ratio)
         try:
             return self._engine.step(rate)
         except TrainingError:

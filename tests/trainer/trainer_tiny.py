@@ -226,8 +226,12 @@ def reference(
     ranks: int = 1,
     frozen: bool = False,
     make: Callable[[], TinyModel] | None = None,
+    without: frozenset[int] = frozenset(),
 ) -> Reference:
-    """What the trainer must compute, written out in plain PyTorch with fp32 master weights."""
+    """What the trainer must compute, written out in plain PyTorch with fp32 master weights.
+
+    Steps of ``without`` (from 0) pass, but their clips are never looked at.
+    """
     make = make or partial(tiny, frozen=frozen)
     master = make()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[train.precision]
@@ -238,6 +242,8 @@ def reference(
     parts, micro = ranks * train.accumulate, train.batch_size // ranks // train.accumulate
     losses, norms = [], []
     for step in range(train.steps):
+        if step in without:
+            continue
         total = 0.0
         for part in range(parts):
             worker = make()
