@@ -23,6 +23,7 @@ from typing import NoReturn
 from fmrizoo.errors import INTERRUPTED, FmrizooError, HungRankError, LostRankError
 from fmrizoo.files import sha256_of
 from fmrizoo.trainer.device import World
+from fmrizoo.trainer.profile import COLLECTIVES
 from fmrizoo.trainer.ranks import leave_code, lost
 
 STARTING = "starting"
@@ -36,8 +37,9 @@ REPORTING = "writing metrics and progress"
 EXPORTING = "exporting the model"
 FEATURES = "computing features"
 
-# Whoever is in there waits for other ranks.
-_COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
+# Whoever is in a collective of these waits for other ranks.
+_TALKING = ("/torch/distributed/", "/deepspeed/comm/")
+_LOOK = 5.0  # seconds between two looks at the signs of life
 _GRACE = 3.0  # seconds between the file and the end: for the others to see the file
 
 
@@ -113,12 +115,11 @@ class Watchdog:
     def _watch(self) -> None:
         # Monotonic: a clock that is set must neither end a run nor keep it alive. Time is counted
         # in looks: a process that was suspended meanwhile has not hung.
-        every = min(self._limit / 4, 5.0)
         beats, looked, idle = self._pulse.beats, time.monotonic(), 0.0
         try:
-            while not self._over.wait(every):
+            while not self._over.wait(min(self._limit / 4, _LOOK)):
                 now = time.monotonic()
-                idle += min(now - looked, 2 * every)
+                idle += min(now - looked, self._limit / 2, 2 * _LOOK)
                 looked = now
                 # Whoever holds the interpreter's lock and hangs keeps this thread from running; a
                 # timer without need of it then ends the process (code 1, stacks on stderr).
@@ -127,6 +128,7 @@ class Watchdog:
                     beats, idle = self._pulse.beats, 0.0
                 elif idle >= self._limit:
                     self._fire(idle)
+                    return
         finally:
             faulthandler.cancel_dump_traceback_later()
 
@@ -164,11 +166,12 @@ class Watchdog:
 def _collective() -> str:
     """The collective that some thread of this process is in; empty if none is."""
     for frame in sys._current_frames().values():
-        found, at = "", frame
-        looked: FrameType | None = at
+        found = ""
+        looked: FrameType | None = frame
         while looked is not None:
             code = looked.f_code
-            if any(part in code.co_filename for part in _COLLECTIVES):
+            talks = any(part in code.co_filename for part in _TALKING)
+            if talks and code.co_name in COLLECTIVES:
                 found = code.co_name  # the outermost is what was called
             looked = looked.f_back
         if found:
@@ -218,4 +221,5 @@ def _hung(out: Path, world: World) -> dict[int, str]:
 
 def _first_line(error: BaseException) -> str:
     text = (str(error).splitlines() or [""])[0]
-    return text.rpartition("] ")[2][:120] or type(error).__name__
+    # gloo: "[file:line] Read error [address]: Connection reset by peer. This is typically …"
+    return text.partition("] ")[2].partition(". ")[0] or text[:120] or type(error).__name__

@@ -11,6 +11,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,12 +23,15 @@ from typing import Any
 import torch
 from trainer_tiny import TinyStream, inputs
 
+import fmrizoo.trainer.loop as loop
 from fmrizoo.errors import CorruptStoreError, FmrizooError
 from fmrizoo.trainer.device import World, end_rank
-from fmrizoo.trainer.loop import train
 from fmrizoo.trainer.ranks import leave_code
+from fmrizoo.trainer.watchdog import Watchdog, alive
 
 FOREVER = 10_000
+LIMIT = 4.0  # seconds without a sign of life, once the fault has happened
+NOW: list[Path] = []  # a file that says so
 
 
 class FaultyStream(TinyStream):
@@ -42,12 +46,30 @@ class FaultyStream(TinyStream):
             yield from super().batches(start)
         yield from islice(super().batches(start), 10 - start)
         if self.fault == "sleep":
+            NOW[0].touch()
             time.sleep(FOREVER)
         elif self.fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.fault == "lock":
+            NOW[0].touch()
+            for _ in range(80):  # until the watchdog has seen its new limit
+                alive()
+                time.sleep(0.1)
             ctypes.PyDLL(None).sleep(FOREVER)
         raise CorruptStoreError("sub-01.h5, run sub-01: frame 3 fails its checksum")
+
+
+class Impatient(Watchdog):
+    """Patient until the fault has happened: a busy machine takes long to start."""
+
+    def __enter__(self) -> Watchdog:
+        threading.Thread(target=self._wait, daemon=True).start()
+        return super().__enter__()
+
+    def _wait(self) -> None:
+        while not NOW[0].exists():
+            time.sleep(0.1)
+        self._limit = LIMIT
 
 
 def main() -> None:
@@ -56,12 +78,14 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=size)
     world = World(int(rank), int(size), int(rank), "test")
-    minutes = 0.1 if fault in ("sleep", "lock") else 20.0
-    given = inputs(Path(out), dropout=0.3, world=world, save_every=2, hang_minutes=minutes)
+    if fault in ("sleep", "lock"):
+        NOW.append(Path(out + ".now"))
+        loop.Watchdog = Impatient  # type: ignore[misc]
+    given = inputs(Path(out), dropout=0.3, world=world, save_every=2)
     try:
-        train(replace(given, loader_for=partial(FaultyStream, fault=fault)))
+        loop.train(replace(given, loader_for=partial(FaultyStream, fault=fault)))
     except FmrizooError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         leave_code(error.exit_code)
         end_rank(error.exit_code, together=error.together)
         sys.exit(error.exit_code)

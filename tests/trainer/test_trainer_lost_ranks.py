@@ -24,7 +24,7 @@ from fmrizoo.trainer.watchdog import WAITING, Pulse, Watchdog, alive, file_of, l
 
 HERE = Path(__file__).parent
 # Generous: starting a process takes long on a busy machine. Nothing here waits for it to pass.
-BOUND = 150
+BOUND = 400
 
 
 @dataclass
@@ -179,7 +179,6 @@ def test_signs_of_life_keep_a_rank_alive(tmp_path: Path) -> None:
     def end(code: int) -> None:
         codes.append(code)
         over.set()
-        raise SystemExit  # ends the watching thread
 
     pulse = Pulse()
     with Watchdog(pulse, 0.4 / 60, tmp_path, ALONE, end=end):  # type: ignore[arg-type]
@@ -232,9 +231,9 @@ def test_which_errors_say_that_a_rank_is_gone(tmp_path: Path) -> None:
     assert lost(closed) and lost(dist.DistNetworkError("recvValue failed"))
     assert not lost(RuntimeError("shape mismatch")) and not lost(OSError("Broken pipe"))
     two = World(0, 2, 0, "test")
-    with pytest.raises(LostRankError, match="another rank is gone") as caught:
-        with losing_ranks(tmp_path, two):
-            raise closed
+    gone = pytest.raises(LostRankError, match="another rank is gone")
+    with gone as caught, losing_ranks(tmp_path, two):
+        raise closed
     assert caught.value.exit_code == 1 and not caught.value.together
     with pytest.raises(RuntimeError, match="shape"), losing_ranks(tmp_path, two):
         raise RuntimeError("shape mismatch")
