@@ -4,7 +4,7 @@
 
 Every fault hits ``fmrizoo pretrain`` on one or two ranks (processes, gloo) of the shipped sample;
 then the same command runs again and its metrics are compared with those of a run that nothing
-happened to. New faults are entries of :data:`FAULTS`; ``--rank`` starts a rank that to itself.
+happened to. New faults are entries of :data:`FAULTS`; ``--rank`` starts a rank that harms itself.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Fault:
         at_step: Done from outside once the metrics have :data:`AT` lines.
         between: Done after all ranks have ended, before the same command runs again.
         mend: Undoes it where a person would have to, after a second start was refused.
-        values: More recipe values.
+        values: More recipe values, of the first start.
         survives: The run goes on by itself to its end.
         code: Exit code of the ranks that the fault leaves alive.
     """
@@ -119,9 +119,9 @@ FAULTS: list[Fault] = [
     Fault("rank killed", "kill -9 of one rank", at_step=kill_last),
     Fault(
         "rank hangs",
-        "its data stream sleeps; train.hang_minutes=0.25",
+        "its data stream sleeps; train.hang_minutes=0.5",
         worker="sleep",
-        values=("train.hang_minutes=0.25",),
+        values=("train.hang_minutes=0.5",),
         code=75,
     ),
     Fault("NaN loss, stop", "one rank's loss is NaN", worker="nan"),
@@ -281,7 +281,8 @@ def start(case: Case, fault: Fault, *, harmed: bool) -> Ended:
         port = probe.getsockname()[1]
     at = case.out.with_suffix(".at")
     at.unlink(missing_ok=True)
-    arguments = ["pretrain", "pretrain/haxby_swin4d_simmim", *VALUES, *fault.values]
+    arguments = ["pretrain", "pretrain/haxby_swin4d_simmim", *VALUES]
+    arguments += fault.values if harmed else ()
     arguments += [f"data.store={case.store}", "--out", str(case.out)]
     root = str(Path(__file__).resolve().parents[1])
     case.ranks = []

@@ -18,7 +18,7 @@ from trainer_tiny import inputs, timeless
 from fmrizoo.config import PrepareConfig, Recipe
 from fmrizoo.data.dataset import ClipDataset
 from fmrizoo.data.prepare import prepare
-from fmrizoo.data.store import subject_files
+from fmrizoo.data.store import Store, subject_files
 from fmrizoo.errors import CorruptStoreError, DataError
 from fmrizoo.pipeline import pretrain
 from fmrizoo.trainer.inputs import StepEvent
@@ -91,15 +91,23 @@ def test_reader_that_ends_without_a_word(
         pretrain(recipe, tmp_path / "run")
 
 
+def overwrite_frames(store: Path, file: Path) -> None:
+    """All frames of a file, in place; its metadata stay as they are."""
+    found = Store(store)
+    for run in (run for run in found.runs if run.file == file.name):
+        reader = found.open(run)
+        with file.open("r+b") as opened:
+            opened.seek(reader._offset)
+            opened.write(b"\x55" * (reader.n_frames * reader.row * reader.dtype.itemsize))
+
+
 def harm(store: Path, how: str, other: Path) -> None:
     for file in subject_files(store):
         os.chmod(file, 0o644)
         if how == "truncated":
             os.truncate(file, file.stat().st_size // 3)
         elif how == "overwritten":
-            with file.open("r+b") as opened:
-                opened.seek(file.stat().st_size // 3)
-                opened.write(b"\x55" * (file.stat().st_size // 3))
+            overwrite_frames(store, file)
         elif how == "replaced":
             shutil.copy(other / file.name, file.with_suffix(".new"))
             os.replace(file.with_suffix(".new"), file)
