@@ -23,6 +23,8 @@ from fmrizoo.trainer.ranks import leave_code, lost
 from fmrizoo.trainer.watchdog import WAITING, Pulse, Watchdog, alive, file_of, losing_ranks
 
 HERE = Path(__file__).parent
+# Five launches of two ranks: half a minute, but several on a machine that others use too.
+pytestmark = pytest.mark.timeout(900)
 # Generous: starting a process takes long on a busy machine. Nothing here waits for it to pass.
 BOUND = 400
 
@@ -73,6 +75,7 @@ def together(
     finally:
         for process in running:
             process.kill()
+            process.communicate()
 
 
 def tiny_ranks(out: Path, fault: str, size: int = 2, left: Path | None = None) -> list[Ended]:
