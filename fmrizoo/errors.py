@@ -6,7 +6,15 @@ INTERRUPTED = 75  # exit code (EX_TEMPFAIL): run the same command again to go on
 
 
 class FmrizooError(Exception):
-    """Base of every error that fmrizoo raises on purpose."""
+    """Base of every error that fmrizoo raises on purpose.
+
+    Attributes:
+        exit_code: What the command line ends with.
+        together: Whether all ranks raise it at the same place.
+    """
+
+    exit_code = 1
+    together = True
 
 
 class RecipeError(FmrizooError, ValueError):
@@ -31,6 +39,18 @@ class TrainingError(FmrizooError, RuntimeError):
 
 class DivergedError(TrainingError):
     """A loss or a gradient that is not finite: the rate is too high, or the data are broken."""
+
+
+class LostRankError(TrainingError):
+    """Another rank is gone: it was killed, its node died, or it ended with an error of its own."""
+
+    together = False
+
+
+class HungRankError(LostRankError):
+    """Another rank hung, wrote where, and ended so that the run can go on from its checkpoint."""
+
+    exit_code = INTERRUPTED
 
 
 class MissingExtraError(FmrizooError, ImportError):

@@ -87,33 +87,22 @@ def main() -> None:
     except FmrizooError as error:
         err.print("error:", style="bold red", end=" ")
         err.print(str(error), highlight=False, soft_wrap=True)
-        _end(1)
+        _end(error.exit_code, error.together)
     except SystemExit as done:
         if not isinstance(done.code, int):
             raise
         _end(done.code)
 
 
-def _end(code: int) -> NoReturn:
-    _leave_code(code)
+def _end(code: int, together: bool = True) -> NoReturn:
+    if os.environ.get("FMRIZOO_EXIT_FILE"):
+        from fmrizoo.trainer.ranks import leave_code
+
+        leave_code(code)
     device = sys.modules.get("fmrizoo.trainer.device")
     if device is not None:
-        device.end_rank(code)
+        device.end_rank(code, together=together)
     sys.exit(code)
-
-
-def _leave_code(code: int) -> None:
-    """Write the exit code to ``FMRIZOO_EXIT_FILE`` if that is set (rank 0 only).
-
-    Launchers differ in what they make of their ranks' exit codes; a job script needs the real one.
-    """
-    path = os.environ.get("FMRIZOO_EXIT_FILE")
-    if not path:
-        return
-    from fmrizoo.trainer.device import discover
-
-    if discover().main:
-        Path(path).write_text(f"{code}\n", encoding="utf-8")
 
 
 def _version(asked: bool) -> None:

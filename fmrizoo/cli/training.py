@@ -128,7 +128,8 @@ def pretrain(
 def _step_note(update: Callable[[int, int, str], None]) -> Callable[[StepEvent], None]:
     def on_step(event: StepEvent) -> None:
         speed = f"{event.clips_per_second:.0f} clips/s"
-        note = f"loss {event.loss:.4f} · {speed} · waits {event.stall:.0%} for data"
+        loss = "left out" if event.skipped else f"loss {event.loss:.4f}"
+        note = f"{loss} · {speed} · waits {event.stall:.0%} for data"
         update(event.step, event.steps, note)
 
     return on_step

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from typing import Any
 
@@ -30,10 +30,11 @@ from fmrizoo.data.divide import DividedOrder
 from fmrizoo.data.draw import Order
 from fmrizoo.data.order import sample_seed
 from fmrizoo.data.store import RunInfo
-from fmrizoo.errors import DataError
+from fmrizoo.errors import DataError, FmrizooError
 from fmrizoo.types import TaskSpec
 
 _AHEAD = 2  # micro-batches being read while one is used
+_LOOK = 1.0  # seconds of waiting for a clip between two looks at the reader threads
 
 
 class _Buffers:
@@ -114,7 +115,9 @@ class Loader:
         if config.augment.on_device:
             self._augment = Augmentation(config.augment, table.runs[0].contract.voxel_size)
         self._threads = config.threads
-        self._buffers = _Buffers(keep=(_AHEAD + 2) * micro_batch)
+        # The trainer keeps the samples of a step until it is judged.
+        held = max(1, self._lanes // (world * micro_batch))
+        self._buffers = _Buffers(keep=(_AHEAD + 1 + held) * micro_batch)
 
     @cached_property
     def order(self) -> Order | DividedOrder:
@@ -226,19 +229,53 @@ class Loader:
     ) -> Iterator[CompactBatch]:
         """Read the planned (clip, seed) lists, ``_AHEAD`` micro-batches in advance."""
         plan = iter(plan)
-        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="fmrizoo-reader")
-        waiting: deque[list[Future[CompactSample]]] = deque()
+        readers: list[threading.Thread] = []
+        pool = ThreadPoolExecutor(
+            self._threads,
+            thread_name_prefix="fmrizoo-reader",
+            initializer=lambda: readers.append(threading.current_thread()),
+        )
+        waiting: deque[list[tuple[int, Future[CompactSample]]]] = deque()
         try:
             while True:
                 for clips in itertools.islice(plan, _AHEAD + 1 - len(waiting)):
-                    waiting.append([pool.submit(self._one, *c, training) for c in clips])
+                    waiting.append([(c[0], pool.submit(self._one, *c, training)) for c in clips])
                 if not waiting:
                     return
-                samples = [future.result() for future in waiting.popleft()]
+                samples = [self._read_one(*one, readers) for one in waiting.popleft()]
                 yield CompactBatch(samples, self._augment if training else None)
         finally:
             # Reached on exhaustion, on an error, and when the consumer drops the iterator.
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read_one(
+        self, clip: int, future: Future[CompactSample], readers: Sequence[threading.Thread]
+    ) -> CompactSample:
+        """What a reader thread made of ``clip``.
+
+        Raises:
+            FmrizooError: what the reader raised.
+            DataError: it failed in another way, or a reader ended without an answer.
+        """
+        while not future.done() and not wait((future,), timeout=_LOOK).done:
+            if any(not reader.is_alive() for reader in readers):
+                raise DataError(
+                    f"a reader thread ended without a word; {self._named(clip)} was waited for: "
+                    f"run the same command again, with data.threads=1 if it happens again"
+                )
+        error = future.exception()
+        if error is None:
+            return future.result()
+        if isinstance(error, FmrizooError):
+            raise error
+        # Also SystemExit, which would end the run in silence if it came out here.
+        said = f"{type(error).__name__}: {error}"
+        raise DataError(f"reading {self._named(clip)} failed with {said}") from error
+
+    def _named(self, clip: int) -> str:
+        run = self.table.runs[self.table.run[clip]]
+        file = self.table.store.home(run) / run.file
+        return f"{file}, run {run.name}, clip from frame {int(self.table.start[clip])}"
 
     def _one(self, clip: int, seed: int, training: bool) -> CompactSample:
         start = self.dataset.start_of(clip, seed) if training else None

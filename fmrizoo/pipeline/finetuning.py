@@ -27,6 +27,7 @@ from fmrizoo.pipeline.inputs import (
     loader,
     open_data,
     run_training,
+    save_identity,
     save_split,
     start_encoder,
     whole,
@@ -98,6 +99,7 @@ def finetune(
         kept = {part: table for part, table in tables.items() if table is not None}
         features = FeatureCache(model, recipe, out, kept, clips.tasks)
     save_split(data.split, out, recipe, world)
+    save_identity(data, out, world)
     result = run_training(
         TrainerInputs(
             model=model,
@@ -148,6 +150,7 @@ def _validate(
     """
     from fmrizoo.evaluate.inference import unit_predictions
     from fmrizoo.evaluate.predictions import evaluate as score
+    from fmrizoo.trainer.watchdog import alive
 
     assert clips.validation is not None and isinstance(model, DownstreamModel)
     dtype = next(model.parameters()).dtype
@@ -156,6 +159,7 @@ def _validate(
     facts: list[ClipFacts] = []
     batches = features.epoch("validation", eval_batch(recipe)) if features else held_out.epoch()
     for compact in batches:
+        alive()
         batch = compact.to_batch(device, dtype)
         outputs.append(model.outputs(batch).float())
         targets.append(cast(torch.Tensor, batch.target))

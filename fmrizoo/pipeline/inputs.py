@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from fmrizoo.data.splits import Split, make_split, units_of
 from fmrizoo.data.staging import stage_share, staged
 from fmrizoo.data.store import RunInfo, Store
 from fmrizoo.errors import DataError, RecipeError
+from fmrizoo.files import canonical, write_atomic
 from fmrizoo.types import Backbone, Grid, RunKey, TaskSpec
 from fmrizoo.zoo import load_encoder, load_recipe, model_folder
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPLIT = "split.json"
+STORED = "store.json"
 OnStep = Callable[["StepEvent"], None]
 
 
@@ -156,6 +159,35 @@ def save_split(split: Split, out: Path, recipe: Recipe, world: World) -> None:
             raise RecipeError(f"{path} is another split than the recipe now makes")
     elif world.main:
         split.save(path)
+
+
+def save_identity(data: JobData, out: Path, world: World) -> None:
+    """Write which recordings a run is of; one whose store has changed since is refused.
+
+    ``store.json`` holds the uuid of each run of the split, which changes whenever it is prepared
+    again: with other voxels under the same names a resumed training would be of two data sets.
+
+    Raises:
+        DataError: a run was prepared again since, or the file is damaged.
+    """
+    path = out / STORED
+    now = {name: data.store[name].uuid for part in data.split.parts().values() for name in part}
+    if not (path.is_file() and (out / "recipe.yaml").is_file()):
+        if world.main:
+            write_atomic(path, canonical({"runs": now}) + b"\n")
+        return
+    try:
+        then = dict(json.loads(path.read_bytes())["runs"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}): delete it if the store is as it was"
+        ) from None
+    if changed := sorted(name for name, uuid in now.items() if then.get(name, uuid) != uuid):
+        more = f" and {len(changed) - 1} more runs" if len(changed) > 1 else ""
+        raise DataError(
+            f"{data.store.path}: {changed[0]}{more} were prepared again since the training in "
+            f"{out} began: give it the store as it was, or choose another output folder"
+        )
 
 
 def check_monitor(recipe: Recipe, data: JobData) -> None:

@@ -23,6 +23,7 @@ from fmrizoo.pipeline.inputs import (
     loader,
     open_data,
     run_training,
+    save_identity,
     save_split,
     start_encoder,
     whole,
@@ -66,6 +67,7 @@ def pretrain(recipe: Recipe, out: Path, *, on_step: OnStep | None = None) -> Tra
         fit_grid(model.backbone, table)
         seen = start_encoder(model.backbone, recipe, data, table, ("test",))
     save_split(data.split, out, recipe, world)
+    save_identity(data, out, world)
     result = run_training(
         TrainerInputs(
             model=model,
@@ -91,9 +93,12 @@ def mean_logs(
     """Means of the model's logs over all clips of ``table``, with the same masks every time."""
 
     def validate(model: torch.nn.Module, device: torch.device) -> dict[str, float]:
+        from fmrizoo.trainer.watchdog import alive
+
         dtype = next(model.parameters()).dtype
         totals: defaultdict[str, float] = defaultdict(float)
         for compact in whole(table, recipe).epoch():
+            alive()
             _, logs = model(compact.to_batch(device, dtype))
             for name, value in logs.items():
                 totals[name] += float(value) * len(compact)

@@ -207,7 +207,7 @@ def run_job(job: Job, out: Path, keep_models: bool = False) -> Outcome | None:
             return None
         rows = read_metrics(RunFolder(folder).metrics)
         outcome = Outcome(
-            train=_last_mean([float(row["loss"]) for row in rows]),
+            train=_last_mean([float(row["loss"]) for row in rows if not row.get("skipped")]),
             validation=None if result.validation is None else result.validation["loss"],
             steps=result.step,
             seconds=round(result.seconds, 3),

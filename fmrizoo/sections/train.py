@@ -44,6 +44,9 @@ class TrainConfig:
     keep: int = 2  # checkpoints kept
     async_save: bool = True  # write checkpoints while training goes on (needs memory for a copy)
     device: str = "auto"  # auto | cpu | cuda | xpu
+    not_finite: str = "stop"  # stop | skip: after a loss or gradient that is NaN or infinite
+    max_skips: int = 10  # with skip: steps of a run that may be left out before it stops
+    hang_minutes: float = 20.0  # without a sign of life before a rank ends with code 75; 0: never
     profile: bool = False  # time the phases of every step: profile.json and trace.json.gz
 
     def __post_init__(self) -> None:
@@ -60,6 +63,7 @@ class TrainConfig:
         one_of("train.checkpointing", self.checkpointing, CHECKPOINTING)
         one_of("train.offload", self.offload, OFFLOAD)
         one_of("train.compile", self.compile, COMPILE)
+        one_of("train.not_finite", self.not_finite, ("stop", "skip"))
         one_of("train.device", self.device, ("auto", "cpu", "cuda", "xpu"))
         require(self.zero_stage in (0, 1, 2, 3), f"train.zero_stage is 0–3, got {self.zero_stage}")
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
@@ -74,7 +78,16 @@ class TrainConfig:
         for key in ("warmup", "min_lr_ratio"):
             value = getattr(self, key)
             require(0 <= value <= 1, f"train.{key} is a share in [0, 1], got {value}")
-        for key in ("weight_decay", "clip_norm", "save_every", "validate_every", "patience"):
+        not_negative = (
+            "weight_decay",
+            "clip_norm",
+            "save_every",
+            "validate_every",
+            "patience",
+            "max_skips",
+            "hang_minutes",
+        )
+        for key in not_negative:
             value = getattr(self, key)
             require(value >= 0, f"train.{key} must be ≥ 0, got {value}")
         require(0 <= self.ema < 1, f"train.ema is a decay in [0, 1), got {self.ema}")

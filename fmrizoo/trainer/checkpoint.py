@@ -55,6 +55,7 @@ class RunState:
         best_step: Its step.
         best_sha256: Of its weights file (:mod:`fmrizoo.trainer.best`); empty if none is kept.
         waited: Validations since then.
+        skipped: Steps left out because something was not finite (``train.not_finite=skip``).
     """
 
     step: int
@@ -66,6 +67,7 @@ class RunState:
     best_step: int = 0
     best_sha256: str = ""
     waited: int = 0
+    skipped: int = 0
 
 
 def name_of(step: int) -> str:

@@ -314,8 +314,10 @@ def init_distributed(world: World, device: torch.device, *, timeout_minutes: flo
     )
 
 
-def end_rank(code: int) -> None:
+def end_rank(code: int, *, together: bool = True) -> None:
     """End this process now if it is one of several ranks; return otherwise.
+
+    ``together=False``: not all ranks are there any more, so none may be waited for.
 
     The process group's threads can outlive the interpreter: a rank that has done its work then ends
     with SIGABRT, and its launcher calls the whole job failed. So a rank leaves without taking the
@@ -325,7 +327,7 @@ def end_rank(code: int) -> None:
 
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    if code in (0, INTERRUPTED):
+    if together and code in (0, INTERRUPTED):
         # All ranks are here: none may close its connections while another still talks to it, and
         # none may end before rank 0 has: launchers kill the others of a rank that ends with 75.
         dist.barrier()

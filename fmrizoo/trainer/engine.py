@@ -17,9 +17,11 @@ What is decided here because DeepSpeed's own defaults would change the result si
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -294,25 +296,52 @@ class Engine:
         """Optimizer step at ``rate × factor`` of each group; returns the norm before clipping.
 
         Raises:
-            TrainingError: a gradient is not finite (the step may have been applied in part:
-                nothing of this engine may be saved any more).
+            TrainingError: a gradient is not finite. Weights and optimizer are as before, and the
+                gradients are dropped.
         """
         for group, rate in zip(self._engine.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         self.lr = self._base * factor
         norm = self._own_norm() if self.stage == 0 else None
-        if norm is None or torch.isfinite(torch.tensor(norm)):
+        if norm is not None and not math.isfinite(norm):
+            self.skip()
+        else:
             self._advance()
         if norm is None:
             norm = float(self._engine.get_global_grad_norm())
         # DeepSpeed writes -1 or inf where the norm was not finite, and skips such a step silently.
         if not 0 <= norm < float("inf"):
+            if self.stage > 0 and self._engine.was_step_applied():
+                raise RuntimeError(f"DeepSpeed stepped with a gradient of norm {norm}")
             raise TrainingError("the gradient is not finite")
         if self._ema:
             # Short at first, so that the random start is soon forgotten.
             updates = self.updates
             self.fragments.average(min(self._ema, (1 + updates) / (10 + updates)))
         return norm
+
+    def skip(self) -> None:
+        """In place of :meth:`step`: drop the gradients; weights and optimizer stay as they are.
+
+        DeepSpeed cleans up after a step whose norm is not finite (sums of micro-batches, buckets,
+        offloaded gradients), so it is told that this is one. At stage 0 it would take the step.
+        """
+        optimizer = self._engine.optimizer
+        name, stand_in = {
+            0: ("step", _no_step),
+            3: ("_get_norm_groups", _infinite_norms),
+        }.get(self.stage, ("scaled_global_norm", _infinite_norm))
+        # On the instance: the class's own method shows again afterwards.
+        before = vars(optimizer).get(name)
+        setattr(optimizer, name, partial(stand_in, self.device))
+        try:
+            self._advance()
+        finally:
+            delattr(optimizer, name)
+            if before is not None:
+                setattr(optimizer, name, before)
+        if self.stage > 0 and self._engine.was_step_applied():
+            raise RuntimeError("DeepSpeed took a step that it was told to skip")
 
     def timed(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
         """Put ``around(phase, work)`` in place of forward, backward and step."""
@@ -430,3 +459,17 @@ class Engine:
     def close(self) -> None:
         """Let go of gradients, optimizer state and hooks."""
         self._engine.destroy()
+
+
+def _no_step(device: torch.device, closure: None = None) -> None:
+    """Stands in for the optimizer's ``step``."""
+
+
+def _infinite_norm(device: torch.device) -> Tensor:
+    """Stands in for the global norm of ZeRO 1 and 2."""
+    return torch.tensor(float("inf"), device=device)
+
+
+def _infinite_norms(device: torch.device) -> list[Tensor]:
+    """Stands in for the norms by group of ZeRO 3."""
+    return [_infinite_norm(device)]

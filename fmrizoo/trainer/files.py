@@ -19,9 +19,13 @@ def writing(what: str, path: Path) -> Iterator[None]:
     """
     from safetensors import SafetensorError
 
+    from fmrizoo.trainer.ranks import lost
+
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if lost(error):  # nothing is wrong with the disk
+            raise
         raise CheckpointError(
             f"cannot write {what} to {path}: {error}. Checkpoints written before are untouched; "
             f"make room or choose another folder, and run the same command again"

@@ -40,6 +40,10 @@ SAFE_KEYS = frozenset(
         "train.device",
         "train.compile",
         "train.profile",
+        # A run that a bad batch stopped may go on without it: all steps before are the same.
+        "train.not_finite",
+        "train.max_skips",
+        "train.hang_minutes",
         "data.threads",
         "data.store",
         "data.stage",

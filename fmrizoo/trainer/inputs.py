@@ -48,6 +48,7 @@ class StepEvent:
         logs: The model's own scalars, averaged likewise.
         validation: Metrics, after steps that validate.
         stall: Share of the step that was spent waiting for data (mean over ranks).
+        skipped: Left out, as something was not finite: loss and norm are NaN.
     """
 
     step: int
@@ -59,6 +60,7 @@ class StepEvent:
     logs: dict[str, float]
     validation: dict[str, float] | None = None
     stall: float = 0.0
+    skipped: bool = False
 
 
 @dataclass

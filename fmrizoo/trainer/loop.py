@@ -7,18 +7,13 @@ goes on from the newest whole checkpoint and takes the same steps that an uninte
 from __future__ import annotations
 
 import logging
-import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
 from fmrizoo.config import to_dict
-from fmrizoo.errors import CheckpointError, DivergedError, RecipeError, TrainingError
+from fmrizoo.errors import CheckpointError, RecipeError
 from fmrizoo.mup.stored import check_parametrization, write_parametrization
 from fmrizoo.trainer import checkpoint
 from fmrizoo.trainer.accounting import Accounting, account
@@ -37,6 +32,7 @@ from fmrizoo.trainer.engine import (
     set_checkpointing,
 )
 from fmrizoo.trainer.export import ModelInfo, read_info, save_model
+from fmrizoo.trainer.faults import NotFinite
 from fmrizoo.trainer.files import writing
 from fmrizoo.trainer.folder import MetricsFile, RunFolder, describe, read_metrics, recipe_hash
 from fmrizoo.trainer.inputs import BatchStream as BatchStream
@@ -47,9 +43,20 @@ from fmrizoo.trainer.inputs import TrainResult as TrainResult
 from fmrizoo.trainer.profile import Profile, Waited
 from fmrizoo.trainer.ranks import Ranks
 from fmrizoo.trainer.saving import Saver
-from fmrizoo.trainer.schedule import factor
 from fmrizoo.trainer.signals import StopRequest
+from fmrizoo.trainer.stepping import Stepper
 from fmrizoo.trainer.validation import Watch, check_monitor, run_validation
+from fmrizoo.trainer.watchdog import (
+    EXPORTING,
+    FEATURES,
+    REPORTING,
+    SAVING,
+    STARTING,
+    VALIDATING,
+    Pulse,
+    Watchdog,
+    losing_ranks,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,27 +69,34 @@ def train(inputs: TrainerInputs) -> TrainResult:
             was started under another recipe.
         CheckpointError: no usable checkpoint among those of the folder, one of another model, or
             one that cannot be written.
-        TrainingError: a loss or gradient that is not finite (step and subjects named), or a device
-            or launcher that cannot work.
+        DivergedError: a loss or gradient that is not finite (step and subjects named).
+        LostRankError: another rank is gone; its subclass HungRankError: because it hung.
+        TrainingError: a device or launcher that cannot work.
     """
-    with StopRequest() as stop:
+    with StopRequest() as stop, losing_ranks(inputs.out, inputs.world):
         run = _Run(inputs, stop)
-        if run.ranks.on_main(run.nothing_left):
-            log.info("%s is already finished; nothing to do", inputs.out)
+        with Watchdog(run.pulse, run.cfg.hang_minutes, inputs.out, inputs.world):
+            return _train(run)
+
+
+def _train(run: _Run) -> TrainResult:
+    """:func:`train`, watched."""
+    if run.ranks.on_main(run.nothing_left):
+        log.info("%s is already finished; nothing to do", run.inputs.out)
+        run.drop_features()
+        return run.result(finished=True)
+    if not run.features():
+        return run.result(interrupted=True)
+    run.start()
+    try:
+        interrupted = run.steps()
+        run.published()
+        if not interrupted and not run.inputs.measured_only:
+            run.export()
             run.drop_features()
-            return run.result(finished=True)
-        if not run.features():
-            return run.result(interrupted=True)
-        run.start()
-        try:
-            interrupted = run.steps()
-            run.published()
-            if not interrupted and not inputs.measured_only:
-                run.export()
-                run.drop_features()
-        finally:
-            run.close()
-        return run.result(interrupted=interrupted)
+    finally:
+        run.close()
+    return run.result(interrupted=interrupted)
 
 
 class _Run:
@@ -104,12 +118,16 @@ class _Run:
         self.watch = Watch(self.cfg)
         self.accounting: Accounting | None = None
         self.engine: Engine | None = None
+        self.not_finite: NotFinite | None = None
+        self.pulse = Pulse()
         self.saver: Saver | None = None
         self.profile: Profile | None = None
         self.metrics: MetricsFile | None = None
         check_monitor(self.cfg, inputs.validate is not None)
         _check_features(inputs)
-        init_distributed(self.world, self.device)
+        # Collectives must not give up on a rank before it has said that it hangs.
+        patience = max(30.0, 1.5 * self.cfg.hang_minutes)
+        init_distributed(self.world, self.device, timeout_minutes=patience)
         self.ranks = Ranks(self.world, self.device)
 
     # -- start ------------------------------------------------------------------------------
@@ -127,10 +145,17 @@ class _Run:
         # Before DeepSpeed changes the encoder's weights (dtype) or takes them apart (ZeRO 3).
         dtype = DTYPES[self.cfg.precision]
         share(self.inputs.model, self.world, self.device)
-        made = cache.build(self.device, dtype, self.ranks, lambda: self.stop.requested)
+        self.pulse.enter(FEATURES)
+        made = cache.build(self.device, dtype, self.ranks, self._asked)
+        self.pulse.enter(STARTING)
         # What is saved at every step is paid for here.
         self.before, self.began = self._seconds(), time.monotonic()
         return made
+
+    def _asked(self) -> bool:
+        """Whether this rank was asked to stop; asking is a sign of life."""
+        self.pulse.beat()
+        return self.stop.requested
 
     def start(self) -> None:
         """Engine, checkpoint, folder: everything before the first step."""
@@ -138,6 +163,8 @@ class _Run:
         set_checkpointing(model, self.cfg.checkpointing)
         self.accounting = account(model, self.cfg, self.world.size)
         self.engine = Engine(model, self.cfg, self.world, self.device)
+        out = self.folder.path
+        self.not_finite = NotFinite(self.cfg, out, self.engine, self.ranks, model)
         self.saver = Saver(
             self.engine, self.folder, self.ranks, self.cfg.keep, at_once=not self.cfg.async_save
         )
@@ -177,6 +204,7 @@ class _Run:
         self.step = self.resumed_from = self.saved_at = state.step
         self.before += state.seconds
         self.watch.recall(state)
+        cast(NotFinite, self.not_finite).skipped = state.skipped
         log.info("resuming from %s", folder)
         if state.world_size != self.world.size:
             log.warning(
@@ -214,10 +242,22 @@ class _Run:
         source = stream.batches(start=self.step * self.accumulate)
         self.profile = self._profile()
         batches = Waited(self.profile.stream(source) if self.profile else source)
+        assert self.engine is not None and self.not_finite is not None
+        assert self.saver is not None
+        stepper = Stepper(
+            self.cfg,
+            self.engine,
+            self.ranks,
+            self.not_finite,
+            self.pulse,
+            self._asked,
+            self.saver,
+            self.accumulate,
+        )
         self.inputs.model.train()
         try:
             while not self.over():
-                if self._one(batches):
+                if self._one(stepper, batches):
                     self.save()
                     return True
         finally:
@@ -235,88 +275,29 @@ class _Run:
         made.start()
         return made
 
-    def _one(self, batches: Waited[CompactSamples]) -> bool:
+    def _one(self, stepper: Stepper, batches: Waited[CompactSamples]) -> bool:
         """One optimizer step and what follows it; True when any rank was asked to stop."""
         with self.profile.step() if self.profile else nullcontext():
-            stop, event = self._taken(batches)
+            stop, event = stepper.take(batches, self.step)
+        self.step += 1
         self._after(event)
         return stop and not self.over()
-
-    def _taken(self, batches: Waited[CompactSamples]) -> tuple[bool, StepEvent]:
-        """The optimizer step itself: is any rank asked to stop, and what happened."""
-        assert self.engine is not None
-        began = time.monotonic()
-        sums: dict[str, Tensor] = {}
-        subjects: list[str] = []
-        for _ in range(self.accumulate):
-            batch = next(batches).to_batch(self.device, dtype=self.engine.dtype)
-            subjects += batch.subject
-            loss, logs = self.engine.accumulate(batch)
-            for name, value in {**logs, "loss": loss}.items():
-                sums[name] = torch.as_tensor(value).detach().double() + sums.get(name, 0.0)
-        bad, stop, waited, means = self._together(sums, batches.taken())
-        if bad:
-            self._not_finite("loss", subjects)
-        rate = factor(self.step, self.cfg.steps, self.cfg.warmup, self.cfg.min_lr_ratio)
-        try:
-            norm = self.engine.step(rate)
-        except TrainingError:
-            self._not_finite("gradient", subjects)
-        self.step += 1
-        seconds = max(time.monotonic() - began, 1e-9)
-        return stop, StepEvent(
-            step=self.step,
-            steps=self.cfg.steps,
-            loss=means.pop("loss"),
-            lr=self.engine.lr,
-            grad_norm=norm,
-            clips_per_second=self.cfg.batch_size / seconds,
-            logs=means,
-            stall=min(1.0, waited / seconds),
-        )
-
-    def _together(
-        self, sums: dict[str, Tensor], waited: float
-    ) -> tuple[bool, bool, float, dict[str, float]]:
-        """Has any rank a loss that is not finite; is any asked to stop; means over all ranks."""
-        # One copy from the device and one collective a step, which the display needs anyway.
-        values = cast(list[float], torch.stack(list(sums.values())).tolist())
-        finite = all(math.isfinite(v) for n, v in zip(sums, values, strict=True) if n == "loss")
-        unsaved = cast(Saver, self.saver).failed
-        bad, stop, lost, waits, *totals = self.ranks.reduced(
-            [float(not finite), float(self.stop.requested), float(unsaved), waited, *values]
-        )
-        if lost:
-            self.published()
-        count = self.accumulate * self.world.size
-        means = {name: total / count for name, total in zip(sums, totals, strict=True)}
-        return bad > 0, stop > 0, waits / self.world.size, means
-
-    def _not_finite(self, what: str, subjects: list[str]) -> None:
-        """Stop before the step is saved anywhere, naming the clips' subjects of all ranks."""
-        everyone: list[list[str] | None] = [subjects]
-        if self.world.size > 1:
-            everyone = [None] * self.world.size
-            dist.all_gather_object(everyone, subjects)
-        names = sorted({name for part in everyone for name in part or ()})
-        raise DivergedError(
-            f"the {what} of step {self.step + 1} is not finite; the step's clips are of "
-            f"{', '.join(names)}. Look at their data, or lower train.lr "
-            f"({self.cfg.lr:g}) or train.clip_norm ({self.cfg.clip_norm:g}). Checkpoints in "
-            f"{self.folder.checkpoints} are from before."
-        )
 
     def _after(self, event: StepEvent) -> None:
         """Validation, metrics, checkpoint and display of one step."""
         validation = None
         if self.inputs.validate and (self.over() or _due(event.step, self.cfg.validate_every)):
+            self.pulse.enter(VALIDATING)
             with cast(Engine, self.engine).averaged():
                 validation = self._validated(event.step)
+        self.pulse.enter(REPORTING)
         last = self.over()
-        if self.world.main and (last or validation or _due(event.step, self.cfg.log_every)):
+        told = last or validation or event.skipped or _due(event.step, self.cfg.log_every)
+        if self.world.main and told:
             self._write(event, validation)
         if last or _due(event.step, self.cfg.save_every):
             self.save()
+        self.pulse.enter(REPORTING)
         if self.world.main and self.inputs.on_step:
             values = {**event.__dict__, "validation": validation}
             self.inputs.on_step(StepEvent(**values))
@@ -344,6 +325,8 @@ class _Run:
             "clips_per_second": round(event.clips_per_second, 3),
             "stall": round(event.stall, 4),
         }
+        if event.skipped:
+            row["skipped"] = True
         if validation is not None:
             row["validation"] = validation
         if self.stopped_early:
@@ -359,7 +342,8 @@ class _Run:
         """Publish a checkpoint of the current step (all ranks)."""
         if self.saved_at == self.step or self.inputs.measured_only:
             return
-        assert self.saver is not None
+        assert self.saver is not None and self.not_finite is not None
+        self.pulse.enter(SAVING)
         if self.metrics is not None:
             self.metrics.sync()
         state = RunState(
@@ -372,12 +356,14 @@ class _Run:
             best_step=self.watch.step,
             best_sha256=self.watch.sha256,
             waited=self.watch.waited,
+            skipped=self.not_finite.skipped,
         )
         self.saver.save(state, self._info(self.step))
         self.saved_at = self.step
 
     def published(self) -> None:
         """Wait for the checkpoint on its way, if any (all ranks)."""
+        self.pulse.enter(SAVING)
         cast(Saver, self.saver).flush()
 
     def _info(self, step: int) -> ModelInfo:
@@ -396,6 +382,7 @@ class _Run:
     def export(self) -> None:
         """Write ``model/`` (all ranks gather, rank 0 writes), with the best weights if kept."""
         assert self.engine is not None and self.saver is not None
+        self.pulse.enter(EXPORTING)
         if self.stopped_early:
             log.info(
                 "stopped after step %d of %d: %d validations no better than that of step %d",

@@ -34,7 +34,7 @@ TABLE, TRACE = "profile.json", "trace.json.gz"
 TOLERANCE = 0.001  # share of a step by which the sum of its phases may miss it: rounding only
 TRACED = 3  # steps in the trace
 # What the trainer and DeepSpeed call of torch.distributed.
-_COLLECTIVES = (
+COLLECTIVES = (
     "all_gather",
     "all_gather_into_tensor",
     "all_gather_object",
@@ -272,7 +272,7 @@ class Profile:
 
     def start(self) -> None:
         """Wrap the collectives; :meth:`finish` takes the wraps off."""
-        wrapped: list[tuple[Any, str]] = [(dist, name) for name in _COLLECTIVES]
+        wrapped: list[tuple[Any, str]] = [(dist, name) for name in COLLECTIVES]
         wrapped.append((dist.Work, "wait"))
         backend = getattr(sys.modules.get("deepspeed.comm.comm"), "cdb", None)
         wrapped += [(backend, name) for name in _LOOKED_UP if hasattr(backend, name)]

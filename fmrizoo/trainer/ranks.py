@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from fmrizoo.errors import FmrizooError
-from fmrizoo.trainer.device import World
+from fmrizoo.trainer.device import World, discover
 
 T = TypeVar("T")
+
+# What gloo says of a peer that is no longer there, in plain RuntimeErrors; other backends, and the
+# store that the ranks met in, raise a DistError.
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out")
+
+
+def lost(error: BaseException) -> bool:
+    """Whether a collective raised ``error`` because it cannot reach another rank (any more)."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return "gloo" in text.lower() and any(words in text for words in _GONE)
+
+
+def leave_code(code: int) -> None:
+    """Write the exit code to ``FMRIZOO_EXIT_FILE`` if that is set (rank 0 only).
+
+    Launchers differ in what they make of their ranks' exit codes; a job script needs the real one.
+    """
+    path = os.environ.get("FMRIZOO_EXIT_FILE")
+    if path and discover().main:
+        Path(path).write_text(f"{code}\n", encoding="utf-8")
 
 
 class Ranks:

@@ -243,8 +243,12 @@ def reference(
     frozen: bool = False,
     make: Callable[[], nn.Module] | None = None,
     given: Callable[[int, int], Batch] = clips,
+    without: frozenset[int] = frozenset(),
 ) -> Reference:
-    """What the trainer must compute, written out in plain PyTorch with fp32 master weights."""
+    """What the trainer must compute, written out in plain PyTorch with fp32 master weights.
+
+    Steps of ``without`` (from 0) pass, but their clips are never looked at.
+    """
     make = make or partial(tiny, frozen=frozen)
     master = make()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[train.precision]
@@ -255,6 +259,8 @@ def reference(
     parts, micro = ranks * train.accumulate, train.batch_size // ranks // train.accumulate
     losses, norms = [], []
     for step in range(train.steps):
+        if step in without:
+            continue
         total = 0.0
         for part in range(parts):
             worker = make()
