@@ -207,6 +207,9 @@ class Saver:
             set_rng_state(rng, self._ranks.device)
         else:
             seed_everything(seed + 7919 * state.step, world.rank)
+        if state.best_sha256:
+            # A run that ended in the middle may have left more.
+            self._ranks.on_main(self._drop_best)
 
     # -- the best weights -------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -97,6 +98,8 @@ def test_no_room_stops_at_the_next_step(tmp_path: Path, room: int) -> None:
 
     def shrink(event: StepEvent) -> None:
         if event.step == 3:
+            while not (tmp_path / "run" / "checkpoints" / "latest").exists():
+                time.sleep(0.01)  # that of step 2 is on its way
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
 
     given = inputs(tmp_path / "run", save_every=2)
