@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_tiny import ALONE, TinyStream, inputs, on_ranks, rows, scaled, timeless
+from trainer_tiny import ALONE, TinyStream, clips, inputs, on_ranks, rows, scaled, timeless
 
 from fmrizoo.errors import CheckpointError
+from fmrizoo.trainer import engine as engines
 from fmrizoo.trainer.device import World, init_distributed
 from fmrizoo.trainer.engine import Engine
 from fmrizoo.trainer.export import read_model
@@ -199,3 +201,50 @@ def test_gaps_and_overlaps_are_not_published() -> None:
         index_of({0: {name: whole}, 1: {name: whole}}, 3)
     with pytest.raises(CheckpointError, match="do not agree on what"):
         index_of({0: {name: whole}, 1: {name: {**whole, "trained": False}}}, 3)
+
+
+def keeping_small_ones_whole(world: World, root: str) -> list[int]:
+    """ZeRO 3 with parameters that every rank keeps whole; how many each engine had."""
+    configured, made, kept = engines.deepspeed_config, Engine.__init__, []
+
+    def larger(*args: Any) -> dict[str, Any]:
+        config = configured(*args)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 20
+        return config
+
+    def noting(self: Engine, *args: Any) -> None:
+        made(self, *args)
+        kept.append(len(self._engine.optimizer.persistent_parameters))
+
+    same = {"zero_stage": 3, "ema": 0.9, "validate_every": 2, "save_every": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "deepspeed_config", larger)
+        patch.setattr(Engine, "__init__", noting)
+        for name, stream in (("whole", TinyStream), ("cut", DyingStream), ("cut", TinyStream)):
+            given = inputs(Path(root, name), world=world, **same)
+            with suppress(ConnectionError):
+                train(replace(given, model=scaled(), loader_for=stream, validate=decoded))
+    return kept
+
+
+def decoded(model: torch.nn.Module, device: torch.device) -> dict[str, float]:
+    loss, _ = model(clips(1000, 4))
+    return {"loss": float(loss)}
+
+
+def test_parameters_that_stay_whole_at_stage_3(runs: Path, tmp_path: Path) -> None:
+    """Resume and running means reach them too."""
+    for kept in on_ranks(tmp_path / "ranks", keeping_small_ones_whole, str(tmp_path)):
+        assert len(kept) == 3 and min(kept) > 3
+    assert timeless(tmp_path / "cut") == timeless(tmp_path / "whole")
+    plain = rows(runs / "whole-fp32")
+    for row, want in zip(rows(tmp_path / "whole"), plain, strict=True):
+        assert row["loss"] == pytest.approx(want["loss"], abs=1e-6)
+    given = inputs(tmp_path / "one", zero_stage=1, ema=0.9, validate_every=2)
+    train(replace(given, model=scaled(), validate=decoded))
+    whole, alone = (rows(tmp_path / name)[-1]["validation"]["loss"] for name in ("whole", "one"))
+    assert whole == pytest.approx(alone, abs=1e-6)
+    model, _ = read_model(tmp_path / "whole" / "model")
+    want, _ = read_model(tmp_path / "one" / "model")
+    for name, value in want.items():
+        torch.testing.assert_close(model[name], value, atol=1e-6, rtol=0)
