@@ -188,8 +188,13 @@ class Saver:
             checked[folder] = list(dict.fromkeys(told))
             if not told:
                 break
+
+        def faults_of(folder: Path) -> list[str]:
+            # One older than these is asked for where the best weights of a newer one are damaged.
+            return checked[folder] if folder in checked else checkpoint.faults(folder)
+
         return self._ranks.on_main(
-            lambda: checkpoint.newest_valid(checkpoints, faults_of=lambda f: checked.get(f, []))
+            lambda: checkpoint.newest_valid(checkpoints, faults_of=faults_of)
         )
 
     def load(self, folder: Path, state: RunState, seed: int) -> None:
