@@ -1,0 +1,69 @@
+"""Waiting for a disk together: slow is not hung, hung is not slow.
+
+Writing tens of gigabytes may take longer than ``train.hang_minutes``. While ranks wait for files,
+each gives signs of life as long as any rank's files still grow or are still being checksummed; a
+disk that stands still gives none, and then the watchdog ends the run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from pathlib import Path
+from typing import Any
+
+from fmrizoo.trainer.ranks import Ranks
+from fmrizoo.trainer.watchdog import WRITTEN, alive
+
+_SHORTEST, _LONGEST = 0.01, 0.5  # seconds between two looks
+
+
+class Hashed:
+    """Bytes that were checksummed so far; called with each piece's size."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def __call__(self, count: int) -> None:
+        self.bytes += count
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files in ``folder`` itself; 0 where there is none (any more)."""
+    total = 0
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    total += entry.stat().st_size
+                except FileNotFoundError:
+                    continue  # renamed meanwhile
+    except FileNotFoundError:
+        return 0
+    return total
+
+
+def wait_together(ranks: Ranks, mine: Future[Any] | None, progress: Callable[[], int]) -> None:
+    """Return on all ranks when every rank's ``mine`` is done, well or not; all ranks call this.
+
+    Args:
+        ranks: Of the run.
+        mine: What this rank waits for; None: only for the others.
+        progress: A number that changes while this rank's work goes on.
+    """
+    seen, pause = -1.0, _SHORTEST
+    while True:
+        working = mine is not None and not mine.done()
+        left, made = ranks.reduced([float(working), float(progress())])
+        if not left:
+            return
+        if made != seen:
+            seen = made
+            alive("" if working else WRITTEN)
+        if mine is not None and working:
+            wait([mine], timeout=pause)
+        else:
+            time.sleep(pause)
+        pause = min(2 * pause, _LONGEST)
