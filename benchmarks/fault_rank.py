@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import resource
 import runpy
@@ -79,6 +80,7 @@ def worker_reader() -> None:
 def worker_silent() -> None:
     from concurrent.futures import thread
 
+    logging.getLogger("concurrent.futures").disabled = True  # it would log how the thread ended
     run, count = thread._WorkItem.run, itertools.count(1)
 
     def wrapped(self: Any) -> None:

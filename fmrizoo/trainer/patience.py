@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from fmrizoo.trainer.ranks import Ranks
 from fmrizoo.trainer.watchdog import WRITTEN, alive
 
+T = TypeVar("T")
 _SHORTEST, _LONGEST = 0.01, 0.5  # seconds between two looks
 
 
@@ -67,3 +70,28 @@ def wait_together(ranks: Ranks, mine: Future[Any] | None, progress: Callable[[],
         else:
             time.sleep(pause)
         pause = min(2 * pause, _LONGEST)
+
+
+def answer_of(ranks: Ranks, collective: Callable[[], T], progress: Callable[[], int]) -> T:
+    """Answer of a ``collective`` that some ranks come to much later than others.
+
+    It runs in a thread of its own while this one looks at ``progress``: unlike in
+    :func:`wait_together` the others have no time to answer until they come.
+    """
+    if ranks.world.size == 1:
+        return collective()
+
+    def here() -> None:
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)  # a thread begins on the node's first one
+
+    with ThreadPoolExecutor(1, "waiting", initializer=here) as pool:
+        answer = pool.submit(collective)
+        seen, pause = -1, _SHORTEST
+        while not answer.done():
+            if (made := progress()) != seen:
+                seen = made
+                alive(WRITTEN)
+            wait([answer], timeout=pause)
+            pause = min(2 * pause, _LONGEST)
+        return answer.result()

@@ -225,7 +225,7 @@ class Saver:
         """
         self._best = state.best_step
         with Sharded(folder) as stored:
-            self._engine.restore(stored)
+            self._engine.restore(stored, alive)
         world = self._ranks.world
         if state.world_size == world.size:
             rng = torch.load(folder / _rng_name(world.rank), weights_only=True)

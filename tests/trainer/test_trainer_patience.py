@@ -14,17 +14,24 @@ import torch
 from trainer_tiny import ALONE, inputs, timeless
 
 import fmrizoo.trainer.loop as loop
+import fmrizoo.trainer.patience as patience
 import fmrizoo.trainer.saving as saving
 import fmrizoo.trainer.watchdog as watchdog
 from fmrizoo.files import sha256_of
 from fmrizoo.trainer.device import World
 from fmrizoo.trainer.loop import train
-from fmrizoo.trainer.patience import Hashed, bytes_in, wait_together
+from fmrizoo.trainer.patience import Hashed, answer_of, bytes_in, wait_together
 from fmrizoo.trainer.ranks import Ranks
 from fmrizoo.trainer.sharded import Snapshot
 from fmrizoo.trainer.watchdog import SAVING, WRITTEN, Pulse, Watchdog, file_of
 
-LIMIT = 0.6 / 60  # minutes: a slow write takes four times as long
+LIMIT = 1.5 / 60  # minutes; a slow write takes more than twice as long
+
+
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a busy machine is not taken for one that hangs."""
+    monkeypatch.setattr(patience, "_LONGEST", 0.05)
 
 
 def watched(tmp_path: Path, ended: threading.Event, world: World = ALONE) -> tuple[Pulse, Watchdog]:
@@ -37,7 +44,7 @@ def watched(tmp_path: Path, ended: threading.Event, world: World = ALONE) -> tup
     return pulse, Watchdog(pulse, LIMIT, tmp_path, world, end=end)  # type: ignore[arg-type]
 
 
-def growing(file: Path, done: Future[None], sizes: int = 24) -> None:
+def growing(file: Path, done: Future[None], sizes: int = 40) -> None:
     for size in range(sizes):
         file.write_bytes(b"x" * (size + 1))
         time.sleep(0.1)
@@ -71,6 +78,30 @@ def test_disk_that_stands_still_is_a_hang(tmp_path: Path) -> None:
         wait_together(ranks, done, progress)
     assert ended.is_set()
     assert "while saving a checkpoint" in file_of(tmp_path, 0).read_text()
+
+
+def test_late_answer_with_growing_files_is_no_hang(tmp_path: Path) -> None:
+    """A rank whose features are there waits for one that makes its own for a long time."""
+    ended, done = threading.Event(), Future[None]()
+    pulse, dog = watched(tmp_path, ended, World(0, 2, 0, "test"))
+    ranks = Ranks(World(0, 2, 0, "test"), torch.device("cpu"))
+
+    def collective() -> str:
+        growing(tmp_path / "features", done)
+        return "all are there"
+
+    with dog:
+        assert answer_of(ranks, collective, lambda: bytes_in(tmp_path)) == "all are there"
+    assert not ended.is_set() and pulse.phase == WRITTEN
+
+
+def test_error_of_a_late_answer(tmp_path: Path) -> None:
+    def collective() -> None:
+        raise RuntimeError("gloo: Connection closed by peer")
+
+    ranks = Ranks(World(0, 2, 0, "test"), torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        answer_of(ranks, collective, lambda: 0)
 
 
 class Others(Ranks):
@@ -127,7 +158,7 @@ def test_slow_write_of_a_run_is_no_hang(
 
     def slow(path: Path, snapshot: Snapshot) -> None:
         patient, dogs[0]._limit = dogs[0]._limit, 1.5
-        growing(path, Future(), 40)
+        growing(path, Future())
         dogs[0]._limit = patient
         write(path, snapshot)
 
