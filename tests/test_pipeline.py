@@ -91,7 +91,8 @@ def damaged(store: Path, to: Path, runs: list[str]) -> Path:
 
 
 def test_a_run_folder_holds_all_that_the_readme_names(chain: Chain) -> None:
-    common = {"recipe.yaml", "env.json", "metrics.jsonl", "split.json", "checkpoints", "model"}
+    common = {"recipe.yaml", "env.json", "metrics.jsonl", "split.json", "store.json"}
+    common |= {"checkpoints", "model"}
     assert {p.name for p in chain.pretrained.iterdir()} == common | {"reconstruction.npz"}
     assert {p.name for p in chain.finetuned.iterdir()} == common | {
         "results.json",

@@ -224,6 +224,8 @@ class Saver:
         from ``seed`` and the step.
         """
         self._best = state.best_step
+        if state.best_sha256:
+            self._ranks.on_main(self._drop_best)  # a start that was killed had no time for it
         with Sharded(folder) as stored:
             self._engine.restore(stored, alive)
         world = self._ranks.world
