@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,17 @@ def canonical(values: Any) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, told: Callable[[int], object] | None = None) -> str:
+    """Hex SHA-256 of a file's bytes.
+
+    Args:
+        path: Of the file.
+        told: Called with the size of each piece once it is counted in.
+    """
+    digest, piece = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+            if told is not None:
+                told(count)
+    return digest.hexdigest()

@@ -28,13 +28,14 @@ from fmrizoo.config import Recipe, to_dict
 from fmrizoo.data.batch import ClipFacts, Clips, batch_target
 from fmrizoo.data.clips import ClipTable
 from fmrizoo.data.loader import Loader
-from fmrizoo.errors import RecipeError, TrainingError
+from fmrizoo.errors import FmrizooError, RecipeError, TrainingError
 from fmrizoo.files import canonical
 from fmrizoo.model import DownstreamModel
 from fmrizoo.trainer.device import World, rng_state, set_rng_state
 from fmrizoo.trainer.engine import micro_batch
 from fmrizoo.trainer.folder import RunFolder, deciding_keys
 from fmrizoo.trainer.inputs import BatchStream
+from fmrizoo.trainer.patience import answer_of, bytes_in
 from fmrizoo.trainer.ranks import Ranks
 from fmrizoo.trainer.shards import Rows, Shard
 from fmrizoo.types import ReadBatch, TaskSpec
@@ -166,7 +167,7 @@ class FeatureCache:
                 shards = self._shards(part, table, dtype, world.size)
                 mine = shards[world.rank]
                 make = partial(self._make, mine, part, device, dtype, world, stop)
-                made = ranks.each(make)
+                made = _together(ranks, make, self.folder / part)
                 if not all(ranks.gathered(made)):
                     return False
                 self._rows[part] = _Rows(shards, dtype)
@@ -267,6 +268,22 @@ class FeatureCache:
         except _StoppedError:
             return False
         return True
+
+
+def _together(ranks: Ranks, make: Callable[[], bool], folder: Path) -> bool:
+    """:meth:`Ranks.each`; ranks that are done sooner give signs of life while files grow."""
+    made, failed = False, None
+    try:
+        made = make()
+    except FmrizooError as error:
+        failed = error
+
+    def outcome() -> bool:
+        if failed is not None:
+            raise failed
+        return made
+
+    return answer_of(ranks, lambda: ranks.each(outcome), lambda: bytes_in(folder))
 
 
 class _StoppedError(Exception):

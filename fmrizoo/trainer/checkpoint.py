@@ -96,7 +96,12 @@ def begin(checkpoints: Path, state: RunState, info: ModelInfo) -> Path:
 
 
 def note_written(
-    partial: Path, rank: int, files: Sequence[Path], places: dict[str, Any], steps: int
+    partial: Path,
+    rank: int,
+    files: Sequence[Path],
+    places: dict[str, Any],
+    steps: int,
+    told: Callable[[int], object] | None = None,
 ) -> None:
     """Say that a rank has written ``files``: their checksums, and what is where in its shard.
 
@@ -106,11 +111,12 @@ def note_written(
         files: In ``partial``.
         places: Of :class:`fmrizoo.trainer.sharded.Snapshot`.
         steps: Updates that the optimizer has taken.
+        told: Called with the size of each piece that was checksummed.
     """
     listed = {}
     for path in files:
         sync_file(path)
-        listed[path.name] = _facts(path)
+        listed[path.name] = _facts(path, told)
     said = {"files": listed, "places": places, "optimizer_steps": steps}
     write_json(partial / f"{_WRITTEN}{rank:05d}.json", said)
 
@@ -160,8 +166,8 @@ def seal(checkpoints: Path, step: int, keep: int) -> Path:
     return final
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+def _facts(path: Path, told: Callable[[int], object] | None = None) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path, told)}
 
 
 def best_steps(checkpoints: Path) -> set[int]:
@@ -197,12 +203,17 @@ def clear_partial(checkpoints: Path) -> None:
             shutil.rmtree(path)
 
 
-def faults(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+def faults(
+    folder: Path,
+    share: tuple[int, int] = (0, 1),
+    told: Callable[[int], object] | None = None,
+) -> list[str]:
     """What is wrong with a checkpoint; an empty list means every byte is as written.
 
     Args:
         folder: Of one step.
         share: ``(i, n)``: compare the checksums of every n-th file only, from the i-th on.
+        told: Called with the size of each piece that was read.
     """
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -221,7 +232,7 @@ def faults(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != size:
             wrong.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
-        elif sha256_of(path) != digest:
+        elif sha256_of(path, told) != digest:
             wrong.append(f"{name} has another checksum")
     return wrong
 

@@ -377,8 +377,12 @@ class Engine:
                     exact = self._unrounded(part.name, live)
                 yield replace(part, numel=exact.numel(), tensors={WEIGHT: exact.reshape(-1)})
 
-    def restore(self, stored: Sharded) -> None:
+    def restore(self, stored: Sharded, told: Callable[[], object] | None = None) -> None:
         """Inverse of :meth:`snapshot`, on a freshly made engine of any world size and stage.
+
+        Args:
+            stored: What snapshots were written to.
+            told: Called before each tensor.
 
         Raises:
             CheckpointError: the checkpoint belongs to another model, or a file is unreadable.
@@ -386,7 +390,14 @@ class Engine:
         stored.check_model(self._shapes())
         if stored.steps:
             self.fragments.begin(stored.steps)
-        stored.restore(self.fragments.here())
+
+        def parts() -> Iterator[Fragment]:
+            for part in self.fragments.here():
+                if told is not None:
+                    told()
+                yield part
+
+        stored.restore(parts())
         self.fragments.refresh()
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ of the weights, so that a config and weights that do not belong together are ref
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,19 @@ def _task(values: dict[str, Any]) -> TaskSpec:
     return TaskSpec(**{**values, **lists})
 
 
-def save_model(folder: Path, model: nn.Module | Mapping[str, Tensor], info: ModelInfo) -> ModelInfo:
+def save_model(
+    folder: Path,
+    model: nn.Module | Mapping[str, Tensor],
+    info: ModelInfo,
+    told: Callable[[int], object] | None = None,
+) -> ModelInfo:
     """Write ``folder``/model.safetensors and then config.json, each atomically.
 
     Args:
         folder: Made if absent.
         model: A module, or its ``state_dict``.
         info: ``parameters`` and ``sha256`` are filled in here.
+        told: Called with the size of each piece that was checksummed.
 
     Returns:
         The completed info.
@@ -121,7 +127,7 @@ def save_model(folder: Path, model: nn.Module | Mapping[str, Tensor], info: Mode
         if isinstance(model, nn.Module):
             write_parametrization(folder, model)
         save_file(tensors, temporary, metadata={"format": "pt"})
-        done = replace(info, parameters=count, sha256=sha256_of(temporary))
+        done = replace(info, parameters=count, sha256=sha256_of(temporary, told))
         publish(temporary, folder / WEIGHTS)
         write_json(folder / CONFIG, done.to_dict())
     return done

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -396,13 +397,13 @@ class _Run:
             kept = self.saver.weights(best)
         info = self._info(self.watch.step if self.cfg.keep_best else self.step)
 
-        def write() -> None:
+        def write(told: Callable[[int], object]) -> None:
             with writing("parametrization.json", self.folder.model):
                 self.folder.model.mkdir(parents=True, exist_ok=True)
                 write_parametrization(self.folder.model, self.inputs.model)
-            save_model(self.folder.model, kept, info)
+            save_model(self.folder.model, kept, info, told)
 
-        self.ranks.on_main(write)
+        self.saver.write_beside(write, self.folder.model)
 
     def drop_features(self) -> None:
         """Remove the features of a finished run: they are large, and can be made again."""

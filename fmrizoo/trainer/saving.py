@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,10 @@ from fmrizoo.trainer.device import rng_state, seed_everything, set_rng_state
 from fmrizoo.trainer.engine import Engine
 from fmrizoo.trainer.files import writing
 from fmrizoo.trainer.folder import RunFolder
+from fmrizoo.trainer.patience import Hashed, bytes_in, wait_together
 from fmrizoo.trainer.ranks import Ranks
 from fmrizoo.trainer.sharded import Sharded, Snapshot, shard_name, write_shard
+from fmrizoo.trainer.watchdog import alive
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ class Saver:
         self._at_once = at_once
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
+        self._hashed = Hashed()
         self._best = 0  # step of the best weights that count now
 
     # -- writing ----------------------------------------------------------------------------
@@ -123,7 +127,7 @@ class Saver:
         with writing(what, self._folder.checkpoints):
             write_shard(files[0], snapshot)
             torch.save(rng, files[1])
-            checkpoint.note_written(partial, rank, files, snapshot.places, updates)
+            checkpoint.note_written(partial, rank, files, snapshot.places, updates, self._hashed)
 
     def _publish(self, pending: _Pending, what: str) -> None:
         # By files and not by messages: the ranks' collectives belong to the training meanwhile.
@@ -138,6 +142,8 @@ class Saver:
     def flush(self) -> None:
         """Wait until the checkpoint on its way, if any, is published.
 
+        That gives signs of life while files grow (:mod:`fmrizoo.trainer.patience`).
+
         Raises:
             CheckpointError: it could not be written (on all ranks).
         """
@@ -145,13 +151,32 @@ class Saver:
         if pending is None:
             return
         try:
+            self._wait(pending.own, pending.partial)
             self._ranks.each(pending.own.result)
+            self._wait(pending.sealed, pending.partial)
             self._ranks.on_main(lambda: pending.sealed.result() if pending.sealed else None)
         except CheckpointError:
             self._abandon(pending)
             raise
         if pending.state.best_sha256:
             self._ranks.on_main(self._drop_best)
+
+    def _wait(self, mine: Future[None] | None, folder: Path) -> None:
+        wait_together(self._ranks, mine, lambda: self._hashed.bytes + bytes_in(folder))
+
+    def write_beside(self, write: Callable[[Callable[[int], object]], None], folder: Path) -> None:
+        """``write`` on rank 0, while all ranks wait as in :meth:`flush`.
+
+        Args:
+            write: Writes files into ``folder``; is given what to tell of checksummed bytes.
+            folder: That it writes to.
+
+        Raises:
+            FmrizooError: what ``write`` raised (on all ranks).
+        """
+        future = self._pool.submit(write, self._hashed) if self._ranks.world.main else None
+        self._wait(future, folder)
+        self._ranks.on_main(lambda: future.result() if future else None)
 
     def _abandon(self, pending: _Pending) -> None:
         pending.given_up.set()
@@ -180,10 +205,10 @@ class Saver:
         """As :func:`fmrizoo.trainer.checkpoint.newest_valid`; ranks share the checksums' work."""
         world, checkpoints = self._ranks.world, self._folder.checkpoints
         if world.size == 1:
-            return checkpoint.newest_valid(checkpoints)
+            return checkpoint.newest_valid(checkpoints, faults_of=_faults)
         checked: dict[Path, list[str]] = {}
         for folder in self._ranks.everywhere(checkpoint.found(checkpoints)):
-            mine = checkpoint.faults(folder, (world.rank, world.size))
+            mine = _faults(folder, (world.rank, world.size))
             told = [fault for part in self._ranks.gathered(mine) for fault in part]
             checked[folder] = list(dict.fromkeys(told))
             if not told:
@@ -204,8 +229,10 @@ class Saver:
         from ``seed`` and the step.
         """
         self._best = state.best_step
+        if state.best_sha256:
+            self._ranks.on_main(self._drop_best)  # a start that was killed had no time for it
         with Sharded(folder) as stored:
-            self._engine.restore(stored)
+            self._engine.restore(stored, alive)
         world = self._ranks.world
         if state.world_size == world.size:
             rng = torch.load(folder / _rng_name(world.rank), weights_only=True)
@@ -220,8 +247,8 @@ class Saver:
 
     def keep_best(self, step: int) -> str:
         """Write what training may change, as it is after ``step``; returns the file's SHA-256."""
-        run, main = self._folder.path, self._ranks.world.main
-        kept = {n: value for n, value in self._engine.weights(self._engine.learned()) if main}
+        run = self._folder.path
+        kept = self._gathered(self._engine.learned())
 
         def write() -> str:
             checksum = write_weights(run, step, kept)
@@ -245,13 +272,27 @@ class Saver:
             best: Step and SHA-256 of what :meth:`keep_best` wrote: these values for all that
                 training may change. None: everything as it now is.
         """
-        main, kept, names = self._ranks.world.main, {}, None
+        kept: dict[str, Tensor] = {}
+        names: set[str] | None = None
         if best is not None:
             # Not the answer of on_main: the other ranks have no use for the tensors.
             self._ranks.on_main(lambda: kept.update(read_weights(self._folder.path, *best)))
             names = set(self._engine.model.state_dict()) - self._engine.learned()
-        kept |= {name: value for name, value in self._engine.weights(names) if main}
+        return kept | self._gathered(names)
+
+    def _gathered(self, names: set[str] | None) -> dict[str, Tensor]:
+        """Whole weights on rank 0; each tensor is a sign of life."""
+        kept = {}
+        for name, value in self._engine.weights(names):
+            alive()
+            if self._ranks.world.main:
+                kept[name] = value
         return kept
+
+
+def _faults(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """As :func:`fmrizoo.trainer.checkpoint.faults`; what is read is a sign of life."""
+    return checkpoint.faults(folder, share, lambda _: alive())
 
 
 def _rng_name(rank: int) -> str:

@@ -98,8 +98,12 @@ def index_of(places: Mapping[int, dict[str, dict[str, Any]]], steps: int) -> dic
     for name, facts in tensors.items():
         parts = facts["parts"]
         _check_cover(name, facts["shape"], parts)
-        size = parts[0][2]
-        if len(parts) > 1 and all(start == rank * size for rank, start, _ in parts):
+        size, whole = parts[0][2], torch.Size(facts["shape"]).numel()
+        # All of that size but the last, which holds the rest and no more.
+        if len(parts) > 1 and all(
+            start == rank * size and numel == min(size, whole - start)
+            for rank, start, numel in parts
+        ):
             del facts["parts"]
             facts["every"] = size
     return {

@@ -36,6 +36,7 @@ SAVING = "saving a checkpoint"
 REPORTING = "writing metrics and progress"
 EXPORTING = "exporting the model"
 FEATURES = "computing features"
+WRITTEN = "waiting for other ranks to write their files"
 
 # Whoever is in a collective of these waits for other ranks.
 _TALKING = ("/torch/distributed/", "/deepspeed/comm/")
@@ -62,10 +63,14 @@ class Pulse:
 _PULSES: list[Pulse] = []  # of the training that runs in this process, if any
 
 
-def alive() -> None:
-    """A sign of life from work that the loop cannot see into, such as a batch of a validation."""
+def alive(phase: str = "") -> None:
+    """A sign of life from work that the loop cannot see into, such as a batch of a validation.
+
+    Args:
+        phase: What is being done from now on, if that has changed.
+    """
     for pulse in _PULSES:
-        pulse.beat()
+        pulse.enter(phase or pulse.phase)
 
 
 def file_of(out: Path, rank: int) -> Path:
@@ -141,6 +146,8 @@ class Watchdog:
             if place
             else "it does not wait for other ranks: this is the one that hangs"
         )
+        if self._pulse.phase == WRITTEN:
+            verdict = "the one that hangs is another"
         if self._world.size == 1:
             verdict = "there is no other rank that it could wait for"
         head = (

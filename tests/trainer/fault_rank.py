@@ -1,8 +1,9 @@
 """One rank of a tiny run in a process of its own, to which something happens.
 
-python fault_rank.py RANK SIZE PORT OUT FAULT: faults are ``none``, ``sleep`` (the data stream never
-answers), ``die`` (kill -9), ``lock`` (a call that holds the interpreter's lock never returns),
-``raise`` (the data stream fails), each on the last rank after five steps.
+python fault_rank.py RANK SIZE PORT FAULT OUT...: one run after another. Faults are ``none``,
+``sleep`` (the data stream never answers), ``die`` (kill -9), ``lock`` (a call that holds the
+interpreter's lock never returns), ``raise`` (the data stream fails), each on the last rank after
+five steps.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from trainer_tiny import TinyStream, inputs
 
 import fmrizoo.trainer.loop as loop
+import fmrizoo.trainer.watchdog as watchdog
 from fmrizoo.errors import CorruptStoreError, FmrizooError
 from fmrizoo.trainer.device import World, end_rank
 from fmrizoo.trainer.ranks import leave_code
@@ -52,7 +54,7 @@ class FaultyStream(TinyStream):
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.fault == "lock":
             NOW[0].touch()
-            for _ in range(80):  # until the watchdog has seen its new limit
+            for _ in range(20):  # until the watchdog has seen its new limit
                 alive()
                 time.sleep(0.1)
             ctypes.PyDLL(None).sleep(FOREVER)
@@ -74,16 +76,18 @@ class Impatient(Watchdog):
 
 def main() -> None:
     """As the command line does it."""
-    rank, size, port, out, fault = sys.argv[1:]
+    rank, size, port, fault, *outs = sys.argv[1:]
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=size)
     world = World(int(rank), int(size), int(rank), "test")
     if fault in ("sleep", "lock"):
-        NOW.append(Path(out + ".now"))
+        NOW.append(Path(outs[0] + ".now"))
         loop.Watchdog = Impatient  # type: ignore[misc]
-    given = inputs(Path(out), dropout=0.3, world=world, save_every=2)
+        watchdog._LOOK = 0.5
     try:
-        loop.train(replace(given, loader_for=partial(FaultyStream, fault=fault)))
+        for out in outs:
+            given = inputs(Path(out), dropout=0.3, world=world, save_every=2)
+            loop.train(replace(given, loader_for=partial(FaultyStream, fault=fault)))
     except FmrizooError as error:
         sys.stderr.write(f"error: {error}\n")
         leave_code(error.exit_code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from fmrizoo.trainer.ranks import leave_code, lost
 from fmrizoo.trainer.watchdog import WAITING, Pulse, Watchdog, alive, file_of, losing_ranks
 
 HERE = Path(__file__).parent
-# Five launches of two ranks: half a minute, but several on a machine that others use too.
+# Three launches of two ranks: half a minute, but several on a machine that others use too.
 pytestmark = pytest.mark.timeout(900)
 # Generous: starting a process takes long on a busy machine. Nothing here waits for it to pass.
 BOUND = 400
@@ -78,11 +79,11 @@ def together(
             process.communicate()
 
 
-def tiny_ranks(out: Path, fault: str, size: int = 2, left: Path | None = None) -> list[Ended]:
+def tiny_ranks(*outs: Path, fault: str, size: int = 2, left: Path | None = None) -> list[Ended]:
     meet = f"{port()}"
     script = str(HERE / "fault_rank.py")
     commands = [
-        [sys.executable, script, f"{rank}", f"{size}", meet, str(out), fault]
+        [sys.executable, script, f"{rank}", f"{size}", meet, fault, *map(str, outs)]
         for rank in range(size)
     ]
     env = {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
@@ -91,26 +92,27 @@ def tiny_ranks(out: Path, fault: str, size: int = 2, left: Path | None = None) -
 
 @dataclass
 class Launches:
-    """What two ranks did under each fault."""
+    """What two ranks did under each fault, and afterwards."""
 
     out: Path
     ends: dict[str, list[Ended]]
-    again: dict[str, list[Ended]]
+    after: list[Ended]
 
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
     out = tmp_path_factory.mktemp("lost")
-    ends = {"none": tiny_ranks(out / "none", "none")}
-    again = {}
-    for fault in ("sleep", "die"):
-        ends[fault] = tiny_ranks(out / fault, fault, left=out / f"{fault}.exit")
-        again[fault] = tiny_ranks(out / fault, "none")
-    return Launches(out, ends, again)
+    ends = {
+        fault: tiny_ranks(out / fault, fault=fault, left=out / f"{fault}.exit")
+        for fault in ("sleep", "die")
+    }
+    # One launch for the run that nothing happens to and for both reruns.
+    after = tiny_ranks(out / "none", out / "sleep", out / "die", fault="none")
+    return Launches(out, ends, after)
 
 
 def test_nothing_happened(launches: Launches) -> None:
-    assert [end.code for end in launches.ends["none"]] == [0, 0], launches.ends["none"]
+    assert [end.code for end in launches.after] == [0, 0], launches.after
     assert len(timeless(launches.out / "none")) == 6
 
 
@@ -142,13 +144,14 @@ def test_killed_rank_ends_all(launches: Launches) -> None:
 
 @pytest.mark.parametrize("fault", ["sleep", "die"])
 def test_rerun_is_exact(launches: Launches, fault: str) -> None:
-    assert [end.code for end in launches.again[fault]] == [0, 0], launches.again[fault]
+    facts = json.loads((launches.out / fault / "env.json").read_text())
+    assert facts["resumed_from"] == 4
     assert timeless(launches.out / fault) == timeless(launches.out / "none")
 
 
 def test_lock_that_is_never_released(tmp_path: Path) -> None:
     """No Python thread runs any more; a timer without need of the lock ends the process."""
-    (end,) = tiny_ranks(tmp_path, "lock", size=1)
+    (end,) = tiny_ranks(tmp_path, fault="lock", size=1)
     assert end.code == 1 and "Timeout" in end.text and "fault_rank.py" in end.text
     assert train(inputs(tmp_path, dropout=0.3, save_every=2)).resumed_from == 4
 
@@ -212,6 +215,7 @@ def test_time_in_which_nothing_ran_does_not_count(
         return float(next(ticks))
 
     monkeypatch.setattr(watchdog.time, "monotonic", clock)
+    monkeypatch.setattr(watchdog, "_LOOK", 0.2)
     with Watchdog(Pulse(), 1.0, tmp_path, ALONE, end=codes.append) as dog:  # type: ignore[arg-type]
         dog._over.wait(0)
         looks.acquire(timeout=60)

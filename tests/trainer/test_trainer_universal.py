@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -20,8 +21,9 @@ from fmrizoo.trainer import engine as engines
 from fmrizoo.trainer.device import World, init_distributed
 from fmrizoo.trainer.engine import Engine
 from fmrizoo.trainer.export import read_model
+from fmrizoo.trainer.fragments import WEIGHT, Fragment
 from fmrizoo.trainer.loop import train
-from fmrizoo.trainer.sharded import Sharded, index_of, take
+from fmrizoo.trainer.sharded import INDEX, Sharded, index_of, shard_name, take, write_shard
 
 STAGES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 # Stage that wrote → stage that goes on, with other ranks: every stage is on both sides, both ways.
@@ -248,3 +250,19 @@ def test_parameters_that_stay_whole_at_stage_3(runs: Path, tmp_path: Path) -> No
     want, _ = read_model(tmp_path / "one" / "model")
     for name, value in want.items():
         torch.testing.assert_close(model[name], value, atol=1e-6, rtol=0)
+
+
+def test_last_part_larger_than_the_others(tmp_path: Path) -> None:
+    """ZeRO 1 may cut a tensor at the end of a small first part: no parts of equal size."""
+    values = torch.arange(12.0)
+    pieces = {0: (0, 3), 1: (3, 9)}
+    places = {}
+    for rank, (start, numel) in pieces.items():
+        part = Fragment("w", (12,), start, numel, True, {WEIGHT: values[start:][:numel]})
+        snapshot = take([part])
+        write_shard(tmp_path / shard_name(rank), snapshot)
+        places[rank] = snapshot.places
+    (tmp_path / INDEX).write_text(json.dumps(index_of(places, 1)))
+    with Sharded(tmp_path) as stored:
+        assert torch.equal(stored.whole("w"), values)
+        assert torch.equal(stored.read("w", WEIGHT, 2, 4), values[2:6])
