@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -41,32 +41,32 @@ _FLASH = 1  # SDPBackend.FLASH_ATTENTION: what PyTorch chooses on a CPU and on G
 
 
 class Ghost(Tensor):
-    """A tensor of the CPU to whoever asks, of the meta device inside (``inner``)."""
+    """A tensor of the CPU to whoever asks, of the meta device inside (``meta``)."""
 
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    meta: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> Self:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, meta: Tensor) -> Self:
+        made = Tensor._make_wrapper_subclass(
             cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device="cpu",
+            meta.shape,
+            strides=meta.stride(),
+            storage_offset=meta.storage_offset(),
+            dtype=meta.dtype,
+            device=torch.device("cpu"),
         )
-        made.inner = inner
-        return made  # type: ignore[no-any-return]
+        made.meta = meta
+        return made
 
-    def __init__(self, inner: Tensor) -> None:
+    def __init__(self, meta: Tensor) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Ghost({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _on_meta(func, args, kwargs or {})
@@ -97,7 +97,7 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     def meta(value: Any) -> Any:
         if isinstance(value, Tensor):
-            inner = value.inner if isinstance(value, Ghost) else value.to("meta")
+            inner = value.meta if isinstance(value, Ghost) else value.to("meta")
             owner[id(inner)] = value
             return inner
         if isinstance(value, torch.device):
@@ -153,7 +153,7 @@ def _described(value: Any) -> Any:
     return type(value), value  # True is not 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kind(func: Any) -> str:
     """``fresh`` (its results are new tensors), ``change`` (they are arguments) or ``view``."""
     said = [one.alias_info for one in func._schema.returns]
@@ -214,7 +214,7 @@ def _positions(indices: Any) -> list[Tensor | None]:
     return found
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts live bytes and FLOPs while it is on.
 
     Attributes:
@@ -223,7 +223,7 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.flops = 0
         self._known: dict[int, int] = {}
         self._ignored: set[int] = set()
@@ -241,6 +241,8 @@ class Tracer(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+        for known in tensors:  # a table that an earlier call has made and kept: it is there too
+            self._see(known)
         global _flops
         before, _flops = _flops, 0
         if any(isinstance(v, Ghost) for v in tensors):
@@ -270,6 +272,9 @@ class Tracer(TorchDispatchMode):
             self.live -= size
 
 
+# torch has no types for these.
+_attention: Callable[..., Any] = sdpa_flop_count
+_attention_backward: Callable[..., Any] = sdpa_backward_flop_count
 _flops = 0  # of the operation that runs now
 
 
@@ -279,14 +284,14 @@ def _count(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     if packet in flop_registry:
         _flops += int(flop_registry[packet](*args, **kwargs, out_val=out))
     elif packet is aten._scaled_dot_product_flash_attention_for_cpu:
-        _flops += int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
+        _flops += int(_attention(args[0].shape, args[1].shape, args[2].shape))
     elif packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         shapes = (a.shape for a in args[:4])
-        _flops += int(sdpa_backward_flop_count(*shapes))
+        _flops += int(_attention_backward(*shapes))
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return (tensor.inner if isinstance(tensor, Ghost) else tensor).untyped_storage()
+    return (tensor.meta if isinstance(tensor, Ghost) else tensor).untyped_storage()
 
 
 def _shape_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -374,10 +379,12 @@ def trace_step(recipe: Recipe, clips: int) -> Trace:
         parameter.grad = None
         tracer.peak = tracer.live
 
+    for buffer in model.buffers():
+        tracer.ignore(buffer)
     for parameter in parameters:
         tracer.ignore(parameter)
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(ready)
+            parameter.register_post_accumulate_grad_hook(ready)  # type: ignore[no-untyped-call]
     assert batch.voxels is not None
     tracer.ignore(batch.voxels.values)
     with _sane(), tracer:
@@ -427,7 +434,7 @@ def _parameter(old: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     inner = torch.empty(old.shape, dtype=dtype, device="meta")
     new = nn.Parameter(Ghost(inner), requires_grad=old.requires_grad)
     for key, value in vars(old).items():
-        if key != "inner":  # of a parameter that was born a ghost
+        if key != "meta":  # of a parameter that was born a ghost
             setattr(new, key, value)
     return new
 
