@@ -2,13 +2,13 @@
 
     python benchmarks/planner_memory.py [NAME …] [--steps 3] [--json FILE]
 
-Every pair of a recipe and a ZeRO stage trains a few steps in fresh processes (1 or 2 gloo ranks).
-Measured is by how much the peak resident size (VmHWM) of rank 0 lies above what it is after all
-imports, a process group and one small matrix product: the interpreter and its libraries (about
-0.4 GB) are no prediction of ours. The resident size is taken, not PyTorch's profiler, because it
-also holds what no profiler sees: gloo's and oneDNN's buffers. Blocks above 64 KiB go back to the
-system when freed (MALLOC_MMAP_THRESHOLD_), so the peak is of memory in use. It is taken from the
-second step on: the first one makes Adam's moments. Needs Linux. Nothing is asserted.
+Every pair of a recipe and a ZeRO stage trains two steps in fresh processes (1 or 2 gloo ranks).
+Measured is by how much the peak resident size (VmHWM) of rank 0 in the second step lies above what
+it is after a model of one layer has trained through the same engine: the interpreter, PyTorch and
+DeepSpeed (half a GB) are no prediction of ours. The resident size is taken, not PyTorch's profiler,
+because it also holds what no profiler sees: gloo's and oneDNN's buffers. Blocks are written when
+they are asked for (MALLOC_PERTURB_), as a device would count them, and those above 64 KiB go back
+to the system when freed (MALLOC_MMAP_THRESHOLD_). Needs Linux and glibc. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -24,12 +24,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fmrizoo.analysis.memory_step import high_water
+from fmrizoo.cluster.memory import rank_memory
+from fmrizoo.cluster.trace import made_up_clips
+from fmrizoo.config import TrainConfig
+from fmrizoo.trainer.device import World, init_distributed
+from fmrizoo.trainer.engine import Engine, set_checkpointing
+from fmrizoo.zoo import build_model, load_recipe
+
 SWIN = [
     "backbone.img_size=[48,48,48,8]", "data.clip_frames=8", "backbone.patch_size=[6,6,6,1]",
     "backbone.depths=[2,6]", "backbone.num_heads=[4,8]", "backbone.embed_dim=256",
 ]  # fmt: skip
 FACTORIZED = [word.replace("[2,6]", "[4,4]").replace("256", "192") for word in SWIN]
-MAMBA = ["backbone.img_size=[48,48,48,8]", "data.clip_frames=8", "backbone.embed_dim=768"]
+MAMBA = ["backbone.img_size=[48,48,48,8]", "data.clip_frames=8", "backbone.embed_dim=512"]
 RECIPES = {
     "swin4d simmim": ["pretrain/swin4d_simmim", *SWIN, "objective.mask_patch_size=[6,6,6,1]"],
     "swin4d ar": ["pretrain/swin4d_ar", *SWIN],
@@ -73,21 +83,13 @@ def words(pair: tuple[str, str, int, str, int, int, str]) -> list[str]:
 
 def worker(recipe_words: list[str], rank: int, ranks: int, steps: int) -> None:
     """Train and print rank 0's growth in bytes."""
-    import torch
-
-    from fmrizoo.analysis.memory_step import high_water
-    from fmrizoo.cluster.trace import made_up_clips
-    from fmrizoo.trainer.device import World, init_distributed
-    from fmrizoo.trainer.engine import Engine, set_checkpointing
-    from fmrizoo.zoo import build_model, load_recipe
-
     torch.set_num_threads(1)
     device = torch.device("cpu")
     world = World(rank, ranks, rank, "none")
     init_distributed(world, device)
     recipe = load_recipe(recipe_words[0], recipe_words[1:])
-    torch.mm(torch.randn(64, 64), torch.randn(64, 64))
-    base = high_water()
+    _warm_up(recipe.train, world)
+    base = resident()
     torch.manual_seed(0)
     model = build_model(recipe).train()
     set_checkpointing(model, recipe.train.checkpointing)
@@ -96,13 +98,45 @@ def worker(recipe_words: list[str], rank: int, ranks: int, steps: int) -> None:
     batch = made_up_clips(recipe, model.backbone, clips, engine.dtype)  # type: ignore[arg-type]
     for number in range(steps):
         if number == 1:
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
+            _settle()
         engine.accumulate(batch)
         engine.step(1.0)
     if rank == 0:
         print(json.dumps({"bytes": (high_water() - base) * 2**20}), flush=True)
+
+
+class _OneLayer(torch.nn.Module):
+    """Trains through an engine, for what is loaded and set up on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 64)
+        self.norm = torch.nn.LayerNorm(64)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.norm(self.layer(x)).float().square().mean(), {}
+
+
+def _warm_up(train: TrainConfig, world: World) -> None:
+    engine = Engine(_OneLayer(), train, world, torch.device("cpu"))
+    for _ in range(2):
+        engine.accumulate(torch.randn(64, 64, dtype=engine.dtype))  # type: ignore[arg-type]
+        engine.step(1.0)
+    engine.close()
+    _settle()
+
+
+def _settle() -> None:
+    """What was let go of goes back to the system, and the peak starts anew."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident() -> float:
+    """This process's resident size in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
 
 def measure(pair: tuple[str, str, int, str, int, int, str], steps: int) -> float:
@@ -111,7 +145,8 @@ def measure(pair: tuple[str, str, int, str, int, int, str], steps: int) -> float
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "MALLOC_PERTURB_": "85",
+        "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
     started = [
@@ -130,7 +165,7 @@ def measure(pair: tuple[str, str, int, str, int, int, str], steps: int) -> float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only these recipes")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--measured", type=Path, default=None, help="compare with an older --json")
     parser.add_argument("--worker", default="")
@@ -138,9 +173,6 @@ def main() -> None:
     if given.worker:
         worker(*json.loads(given.worker))
         return
-    from fmrizoo.cluster.memory import rank_memory
-    from fmrizoo.zoo import load_recipe
-
     old = json.loads(given.measured.read_text()) if given.measured else {}
     found: dict[str, Any] = {}
     print(f"{'recipe':18} prec stage ckpt   ranks {'predicted':>10} {'measured':>9} {'error':>7}")

@@ -213,7 +213,14 @@ def _row(
     room = machine.device_memory * (1 - HEADROOM)
 
     def memory(stage: int) -> RankMemory:
-        return rank_memory(recipe, ranks, trace=trace, stage=stage, base=machine.device_base)
+        return rank_memory(
+            recipe,
+            ranks,
+            trace=trace,
+            stage=stage,
+            base=machine.device_base,
+            fused=machine.device == "cpu",
+        )
 
     stages = tuple(memory(stage) for stage in range(4))
     mine = stages[train.zero_stage]

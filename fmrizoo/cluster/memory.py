@@ -21,9 +21,9 @@ from fmrizoo.trainer.engine import deepspeed_config, micro_batch, zero_stage
 OFFLOADS = ("none", "optimizer", "parameters")
 LIVE = 1_000_000_000  # whole parameters that stage 3 keeps at a time (stage3_max_live_parameters)
 FLAT = 500_000_000  # elements that DeepSpeed's plain all-reduce lays side by side
-# Bytes beside all tensors: oneDNN's and the allocator's. Measured here (fitted rows of the
-# benchmark: growth that no equation names); on a GPU it is the context that the YAML declares.
-WORKSPACE = 105e6
+# Bytes beside all tensors: oneDNN's, gloo's and the allocator's. Measured (fitted rows of the
+# benchmark); on another device, and for a whole process, it is what the YAML says.
+WORKSPACE = 20e6
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def rank_memory(
     stage: int | None = None,
     offload: str | None = None,
     base: float = WORKSPACE,
+    fused: bool = True,
 ) -> RankMemory:
     """Memory of one of ``ranks``.
 
@@ -85,6 +86,7 @@ def rank_memory(
         stage: Instead of ``train.zero_stage``.
         offload: Instead of ``train.offload`` (``none`` where the recipe has none).
         base: Bytes beside all tensors.
+        fused: AdamW runs in one pass, as the engine asks for on a CPU.
 
     Raises:
         RecipeError: a batch that cannot be divided, or an offload that does not exist.
@@ -98,15 +100,17 @@ def rank_memory(
     world = World(0, ranks, 0, "plan")
     clips = micro_batch(train, world)
     trace = trace or trace_step(recipe, clips)
-    moments = _moments(train, trace, world, offload)
+    moments = _moments(train, trace, world, offload, fused)
     worst = max(moments, key=lambda one: one.total)
     return replace(worst, base=base)
 
 
-def _moments(train: TrainConfig, trace: Trace, world: World, offload: str) -> Iterator[RankMemory]:
+def _moments(
+    train: TrainConfig, trace: Trace, world: World, offload: str, fused: bool
+) -> Iterator[RankMemory]:
     """The backward pass, the reduction of gradients and the optimizer's step."""
     stage, n = zero_stage(train), world.size
-    sizes = _states(train, trace, world, offload)
+    sizes: dict[str, Any] = _states(train, trace, world, offload)
     start = RankMemory(stage=stage, offload=offload, base=0.0, worst="", **sizes)
     zero = deepspeed_config(train, world, trace.trained)["zero_optimization"]
     share, whole = trace.trained / n, float(trace.trained)
@@ -136,20 +140,21 @@ def _moments(train: TrainConfig, trace: Trace, world: World, offload: str) -> It
         buckets=start.buckets + parts,
         worst="backward",
     )
-    yield replace(
-        start, worst="reduce", **_reduction(kind, stage, word, whole, share, bucket, n, start)
-    )
-    # Step: AdamW's root and its quotient, both as large as the largest thing it steps at once.
+    summed: dict[str, Any] = _reduction(kind, stage, word, whole, share, bucket, n, start)
+    yield replace(start, worst="reduce", **summed)
+    # Step: AdamW's root and its quotient, both as large as the largest thing it steps at once. The
+    # fused one, which the engine takes on a CPU, has neither.
     largest = float(trace.largest) if kind == "plain" else share
     on_device = offload == "none"
-    step: dict[str, Any] = {"temporary": 8.0 * largest if on_device else 0.0}
+    step: dict[str, Any] = {"temporary": 8.0 * largest if on_device and not fused else 0.0}
     if kind == "plain":
         step["gradients"] = word * whole
     elif kind == "flat":
         step["gradients"] = start.gradients + (4.0 * share if on_device else 0.0)
         step["buckets"] = word * bucket if stage == 1 else 0.0
-    elif kind == "parts":
+    elif kind == "parts":  # gradients are laid side by side once more
         step["weights"] = start.weights - word * min(whole, LIVE)
+        step["gradients"] = start.gradients + (4.0 * share if on_device else 0.0)
     yield replace(start, worst="step", **step)
 
 
@@ -175,9 +180,8 @@ def _states(train: TrainConfig, trace: Trace, world: World, offload: str) -> dic
         deepspeed_config(train, world, trace.trained)["zero_optimization"]["reduce_bucket_size"],
         whole,
     )
+    # In fp32 too: DeepSpeed copies the weights that it steps.
     master = 0.0 if kind == "plain" else 4.0 * share
-    if stage == 3 and train.precision == "fp32":
-        master = 0.0  # the parts themselves are fp32 and serve as masters
     moments = 8.0 * (whole if kind == "plain" else share)
     gradients = {"plain": 0.0, "bf16": 4.0 * whole, "flat": 0.0, "parts": 4.0 * share}[kind]
     if kind == "flat" and stage == 2 and train.precision == "bf16":

@@ -13,15 +13,15 @@ with other kernels keeps (attention is counted as the fused one, which keeps no 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cache
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fmrizoo.analysis.sizes import brain_of
@@ -35,36 +35,38 @@ aten = torch.ops.aten
 _REAL = 1 << 16  # elements of a float table that is small enough to be real
 _NEW = {aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty_strided}
 _FACTORIES = {aten.empty, aten.zeros, aten.ones, aten.full, aten.rand, aten.randn}
+# torch's table of FLOPs does not know that these are products too.
+_IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 _FLASH = 1  # SDPBackend.FLASH_ATTENTION: what PyTorch chooses on a CPU and on GPUs in bf16
 
 
 class Ghost(Tensor):
-    """A tensor of the CPU to whoever asks, of the meta device inside (``inner``)."""
+    """A tensor of the CPU to whoever asks, of the meta device inside (``meta``)."""
 
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    meta: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> Self:
-        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, meta: Tensor) -> Self:
+        made = Tensor._make_wrapper_subclass(
             cls,
-            inner.shape,
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device="cpu",
+            meta.shape,
+            strides=meta.stride(),
+            storage_offset=meta.storage_offset(),
+            dtype=meta.dtype,
+            device=torch.device("cpu"),
         )
-        made.inner = inner
-        return made  # type: ignore[no-any-return]
+        made.meta = meta
+        return made
 
-    def __init__(self, inner: Tensor) -> None:
+    def __init__(self, meta: Tensor) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Ghost({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         return _on_meta(func, args, kwargs or {})
@@ -85,17 +87,25 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(torch.empty(0, dtype=args[0].dtype), *args[1:], **kwargs)
     if packet in (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index):
         args = (args[0], _positions(args[1]), *args[2:])
-    flat, spec = tree_flatten((args, kwargs))
+    kind = _kind(func)
+    key = None if kind == "view" else (func, _described(args), _described(tuple(kwargs.items())))
+    if key in _seen:
+        return _again(kind, func, args, kwargs, *_seen[key])
+    global _flops
+    before = _flops
     owner: dict[int, Tensor] = {}  # meta tensor → the argument that it stands for
-    for at, value in enumerate(flat):
+
+    def meta(value: Any) -> Any:
         if isinstance(value, Tensor):
-            flat[at] = value.inner if isinstance(value, Ghost) else value.to("meta")
-            owner[id(flat[at])] = value
-        elif isinstance(value, torch.device):
-            flat[at] = torch.device("meta")
-        elif isinstance(value, torch.Generator):
-            flat[at] = None
-    meta_args, meta_kwargs = tree_unflatten(flat, spec)
+            inner = value.meta if isinstance(value, Ghost) else value.to("meta")
+            owner[id(inner)] = value
+            return inner
+        if isinstance(value, torch.device):
+            return torch.device("meta")
+        return None if isinstance(value, torch.Generator) else value
+
+    meta_args = _changed(args, meta)
+    meta_kwargs = {name: _changed(value, meta) for name, value in kwargs.items()}
     try:
         out = func(*meta_args, **meta_kwargs)
     except NotImplementedError as error:
@@ -104,13 +114,93 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             f"({str(error).splitlines()[0]})"
         ) from error
     _count(packet, meta_args, meta_kwargs, out)
+    if key is not None:
+        _seen[key] = _changed(out, _layout), _flops - before
 
     def wrapped(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return owner[id(value)] if id(value) in owner else Ghost(value)
 
-    return tree_map(wrapped, out)
+    return _changed(out, wrapped)
+
+
+class _Layout(NamedTuple):
+    """What decides shapes and FLOPs of an operation on a tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+# Operations that ran before: what they made and their FLOPs. A model repeats the same operations
+# block after block, and PyTorch takes half a millisecond to find the shape of a sum.
+_seen: dict[Any, tuple[Any, int]] = {}
+
+
+def _layout(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Layout(tuple(value.shape), value.stride(), value.dtype)
+    return value
+
+
+def _described(value: Any) -> Any:
+    """Equal for arguments that give the same shapes."""
+    if isinstance(value, Tensor):
+        return _Layout(tuple(value.shape), value.stride(), value.dtype)
+    if isinstance(value, list | tuple):
+        return tuple([_described(one) for one in value])
+    return type(value), value  # True is not 1
+
+
+@cache
+def _kind(func: Any) -> str:
+    """``fresh`` (its results are new tensors), ``change`` (they are arguments) or ``view``."""
+    said = [one.alias_info for one in func._schema.returns]
+    if not any(said):
+        return "fresh" if not func._schema.is_mutable and said else "view"
+    return "change" if all(one is not None and one.is_write for one in said) else "view"
+
+
+def _again(
+    kind: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any, flops: int
+) -> Any:
+    """What an operation gives that ran before on such arguments."""
+    global _flops
+    _flops += flops
+    if kind == "fresh":
+        return _changed(made, _new)
+    written = [
+        args[at] if at < len(args) else kwargs[one.name]
+        for at, one in enumerate(func._schema.arguments)
+        if one.alias_info is not None and one.alias_info.is_write
+    ]
+    return written[0] if len(written) == 1 else tuple(written)
+
+
+def _new(made: Any) -> Any:
+    if not isinstance(made, _Layout):
+        return made
+    return Ghost(torch.empty_strided(made.shape, made.strides, dtype=made.dtype, device="meta"))
+
+
+def _changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """``value`` with ``change`` made to all that its lists and tuples hold."""
+    # An operation's arguments are no deeper trees; torch's pytree takes ten times as long.
+    if isinstance(value, list):
+        return [_changed(one, change) for one in value]
+    if isinstance(value, tuple) and not isinstance(value, _Layout):
+        return tuple(_changed(one, change) for one in value)
+    return change(value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors in ``value``, and in its lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors(one)
 
 
 def _positions(indices: Any) -> list[Tensor | None]:
@@ -124,7 +214,7 @@ def _positions(indices: Any) -> list[Tensor | None]:
     return found
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts live bytes and FLOPs while it is on.
 
     Attributes:
@@ -133,7 +223,7 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.flops = 0
         self._known: dict[int, int] = {}
         self._ignored: set[int] = set()
@@ -150,8 +240,9 @@ class Tracer(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        flat = tree_flatten((args, kwargs))[0]
-        tensors = [v for v in flat if isinstance(v, Tensor)]
+        tensors = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
+        for known in tensors:  # a table that an earlier call has made and kept: it is there too
+            self._see(known)
         global _flops
         before, _flops = _flops, 0
         if any(isinstance(v, Ghost) for v in tensors):
@@ -162,9 +253,8 @@ class Tracer(TorchDispatchMode):
             out = func(*args, **kwargs)
         self.flops += _flops
         _flops = before
-        for value in tree_flatten(out)[0]:
-            if isinstance(value, Tensor):
-                self._see(value)
+        for value in _tensors(out):
+            self._see(value)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -182,22 +272,26 @@ class Tracer(TorchDispatchMode):
             self.live -= size
 
 
+# torch has no types for these.
+_attention: Callable[..., Any] = sdpa_flop_count
+_attention_backward: Callable[..., Any] = sdpa_backward_flop_count
 _flops = 0  # of the operation that runs now
 
 
 def _count(packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     global _flops
+    packet = _IN_PLACE.get(packet, packet)
     if packet in flop_registry:
         _flops += int(flop_registry[packet](*args, **kwargs, out_val=out))
     elif packet is aten._scaled_dot_product_flash_attention_for_cpu:
-        _flops += int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
+        _flops += int(_attention(args[0].shape, args[1].shape, args[2].shape))
     elif packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         shapes = (a.shape for a in args[:4])
-        _flops += int(sdpa_backward_flop_count(*shapes))
+        _flops += int(_attention_backward(*shapes))
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return (tensor.inner if isinstance(tensor, Ghost) else tensor).untyped_storage()
+    return (tensor.meta if isinstance(tensor, Ghost) else tensor).untyped_storage()
 
 
 def _shape_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -265,6 +359,7 @@ def trace_step(recipe: Recipe, clips: int) -> Trace:
     if clips < 1:
         raise RecipeError(f"a micro-step needs at least 1 clip, got {clips}")
     dtype = DTYPES[recipe.train.precision]
+    _seen.clear()
     with _sane(), Tracer():
         model = build_model(recipe)
     # Outside: a factory that runs under the tracer gives a ghost, and this one must not be nested.
@@ -284,10 +379,12 @@ def trace_step(recipe: Recipe, clips: int) -> Trace:
         parameter.grad = None
         tracer.peak = tracer.live
 
+    for buffer in model.buffers():
+        tracer.ignore(buffer)
     for parameter in parameters:
         tracer.ignore(parameter)
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(ready)
+            parameter.register_post_accumulate_grad_hook(ready)  # type: ignore[no-untyped-call]
     assert batch.voxels is not None
     tracer.ignore(batch.voxels.values)
     with _sane(), tracer:
@@ -337,7 +434,7 @@ def _parameter(old: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     inner = torch.empty(old.shape, dtype=dtype, device="meta")
     new = nn.Parameter(Ghost(inner), requires_grad=old.requires_grad)
     for key, value in vars(old).items():
-        if key != "inner":  # of a parameter that was born a ghost
+        if key != "meta":  # of a parameter that was born a ghost
             setattr(new, key, value)
     return new
 

@@ -38,7 +38,7 @@ def construction(world: World) -> Iterator[None]:
         if param is not None and not param.is_meta:
             _become(param, torch.empty_like(param, device="meta"))
 
-    nn.Module.register_parameter = withheld  # type: ignore[method-assign]
+    nn.Module.register_parameter = withheld  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -102,7 +102,7 @@ def _become(parameter: nn.Parameter, value: Tensor) -> None:
     # Assigning to .data cannot cross from or to the meta device.
     other = nn.Parameter(value.detach(), requires_grad=parameter.requires_grad)
     other.__dict__.update(parameter.__dict__)  # marks, such as _no_weight_decay
-    torch.utils.swap_tensors(parameter, other)
+    torch.utils.swap_tensors(parameter, other)  # type: ignore[no-untyped-call]
 
 
 def _share_buffers(model: nn.Module, world: World, device: torch.device) -> None:

@@ -327,10 +327,11 @@ class Engine:
         offloaded gradients), so it is told that this is one. At stage 0 it would take the step.
         """
         optimizer = self._engine.optimizer
-        name, stand_in = {
+        stand_ins: dict[int, tuple[str, Callable[..., Any]]] = {
             0: ("step", _no_step),
             3: ("_get_norm_groups", _infinite_norms),
-        }.get(self.stage, ("scaled_global_norm", _infinite_norm))
+        }
+        name, stand_in = stand_ins.get(self.stage, ("scaled_global_norm", _infinite_norm))
         # On the instance: the class's own method shows again afterwards.
         before = vars(optimizer).get(name)
         setattr(optimizer, name, partial(stand_in, self.device))

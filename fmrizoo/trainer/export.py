@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -175,7 +175,7 @@ class Weights(Mapping[str, Tensor]):
         from safetensors import safe_open
 
         self._path, self._prefix = path, prefix
-        self._file: Any = safe_open(path, framework="pt")
+        self._file = cast(Any, safe_open(path, framework="pt"))
         every: list[str] = self._file.keys()
         names = [name for name in every if name.startswith(prefix)]
         self.shapes = {

@@ -19,6 +19,7 @@ from fmrizoo.errors import RecipeError
 
 SHIPPED = Path(__file__).parent
 ALGORITHMS = ("ring", "tree")
+DEVICES = ("cpu", "gpu")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Machine:
 
     Attributes:
         name: For the tables.
+        device: ``cpu`` or ``gpu`` (any accelerator).
         ranks_per_node: One rank a device.
         device_memory, device_base: Bytes of a device, and those of them that are not for tensors.
         peak_flops: FLOP/s of a device by precision.
@@ -40,6 +42,7 @@ class Machine:
     """
 
     name: str
+    device: str
     ranks_per_node: int
     device_memory: float
     device_base: float
@@ -106,13 +109,11 @@ def _machine(found: dict[str, Any], path: Path) -> Machine:
             raise RecipeError(f"{path}: {key} needs a number for {' and '.join(_WORDS)}")
         values[key] = {word: _number(path, key, given[word]) for word in _WORDS}
     for key in known:
-        if key not in ("name", "inter_algorithm", "peak_flops", "efficiency"):
+        if key not in ("name", "device", "inter_algorithm", "peak_flops", "efficiency"):
             values[key] = _number(path, key, values[key])
-    if values["inter_algorithm"] not in ALGORITHMS:
-        raise RecipeError(
-            f"{path}: inter_algorithm is one of {', '.join(ALGORITHMS)}, got "
-            f"{values['inter_algorithm']!r}"
-        )
+    for key, allowed in (("device", DEVICES), ("inter_algorithm", ALGORITHMS)):
+        if values[key] not in allowed:
+            raise RecipeError(f"{path}: {key} is one of {', '.join(allowed)}, got {values[key]!r}")
     if values["ranks_per_node"] != int(values["ranks_per_node"]):
         raise RecipeError(
             f"{path}: ranks_per_node is a whole number, got {values['ranks_per_node']}"
