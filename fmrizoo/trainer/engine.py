@@ -327,11 +327,7 @@ class Engine:
         offloaded gradients), so it is told that this is one. At stage 0 it would take the step.
         """
         optimizer = self._engine.optimizer
-        stand_ins: dict[int, tuple[str, Callable[..., Any]]] = {
-            0: ("step", _no_step),
-            3: ("_get_norm_groups", _infinite_norms),
-        }
-        name, stand_in = stand_ins.get(self.stage, ("scaled_global_norm", _infinite_norm))
+        name, stand_in = _STAND_INS[self.stage]
         # On the instance: the class's own method shows again afterwards.
         before = vars(optimizer).get(name)
         setattr(optimizer, name, partial(stand_in, self.device))
@@ -485,3 +481,12 @@ def _infinite_norm(device: torch.device) -> Tensor:
 def _infinite_norms(device: torch.device) -> list[Tensor]:
     """Stands in for the norms by group of ZeRO 3."""
     return [_infinite_norm(device)]
+
+
+# By stage: the method of DeepSpeed's optimizer that decides, and what replaces it for one call.
+_STAND_INS: dict[int, tuple[str, Callable[..., Any]]] = {
+    0: ("step", _no_step),
+    1: ("scaled_global_norm", _infinite_norm),
+    2: ("scaled_global_norm", _infinite_norm),
+    3: ("_get_norm_groups", _infinite_norms),
+}

@@ -147,17 +147,20 @@ class Saver:
         Raises:
             CheckpointError: it could not be written (on all ranks).
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is None:
             return
+        # Where a rank is gone it stays what is on its way: `close` lets go of it.
         try:
             self._wait(pending.own, pending.partial)
             self._ranks.each(pending.own.result)
             self._wait(pending.sealed, pending.partial)
             self._ranks.on_main(lambda: pending.sealed.result() if pending.sealed else None)
         except CheckpointError:
+            self._pending = None
             self._abandon(pending)
             raise
+        self._pending = None
         if pending.state.best_sha256:
             self._ranks.on_main(self._drop_best)
 

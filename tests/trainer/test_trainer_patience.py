@@ -18,10 +18,13 @@ import fmrizoo.trainer.patience as patience
 import fmrizoo.trainer.saving as saving
 import fmrizoo.trainer.watchdog as watchdog
 from fmrizoo.files import sha256_of
+from fmrizoo.trainer.checkpoint import RunState
 from fmrizoo.trainer.device import World
+from fmrizoo.trainer.folder import RunFolder
 from fmrizoo.trainer.loop import train
 from fmrizoo.trainer.patience import Hashed, answer_of, bytes_in, wait_together
 from fmrizoo.trainer.ranks import Ranks
+from fmrizoo.trainer.saving import Saver
 from fmrizoo.trainer.sharded import Snapshot
 from fmrizoo.trainer.watchdog import SAVING, WRITTEN, Pulse, Watchdog, file_of
 
@@ -169,3 +172,31 @@ def test_slow_write_of_a_run_is_no_hang(
     train(inputs(tmp_path / "slow", async_save=not at_once))
     assert dogs and not codes
     assert timeless(tmp_path / "slow") == timeless(tmp_path / "fast")
+
+
+def test_rank_that_is_gone_ends_the_wait_for_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``flush`` cannot reach it, and ``close`` must not wait for what it will never write."""
+
+    class Gone(Ranks):
+        def reduced(self, values: list[float]) -> list[float]:
+            raise RuntimeError("gloo: Connection closed by peer")
+
+    monkeypatch.setattr(saving, "_GRACE", 0.2)
+    two = World(0, 2, 0, "test")
+    folder = RunFolder(tmp_path)
+    saver = Saver(None, folder, Gone(two, torch.device("cpu")), 2)  # type: ignore[arg-type]
+    own, state = Future[None](), RunState(6, 12, 2, 1.0, "")
+    own.set_result(None)
+    pending = saving._Pending(state, folder.checkpoints / "absent", own, threading.Event())
+    pending.sealed = saver._pool.submit(saver._publish, pending, "the checkpoint")
+    saver._pending = pending
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        saver.flush()
+    ends = threading.Thread(target=saver.close, daemon=True)
+    ends.start()
+    ends.join(60)
+    closed = not ends.is_alive()
+    pending.given_up.set()  # also where this fails: the interpreter waits for the pool
+    assert closed
