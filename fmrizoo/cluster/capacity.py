@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ def plan_training(
     data = data or DataSet(50_000, max(490, frames), clip_frames=frames)
     data = replace(data, clip_frames=frames, clips_per_visit=recipe.data.clips_per_visit)
     worlds = [World(0, n * machine.ranks_per_node, 0, "plan") for n in counts]
-    sizes = [_micro(recipe, world, n) for world, n in zip(worlds, counts, strict=True)]
+    every = lcm(*(world.size for world in worlds))
+    sizes = [_micro(recipe, world, n, every) for world, n in zip(worlds, counts, strict=True)]
     traces = {size: trace_step(recipe, size) for size in sorted(set(sizes))}
     layouts = costs(data)
     rows = tuple(
@@ -192,11 +194,12 @@ def plan_training(
     )
 
 
-def _micro(recipe: Recipe, world: World, nodes: int) -> int:
+def _micro(recipe: Recipe, world: World, nodes: int, every: int) -> int:
     try:
         return micro_batch(recipe.train, world)
     except RecipeError as error:
-        raise RecipeError(f"on {_count(nodes, 'node')}: {error}") from None
+        all_of_them = "" if every == world.size else f"; all --nodes together need {every}"
+        raise RecipeError(f"on {_count(nodes, 'node')}: {error}{all_of_them}") from None
 
 
 def _row(
