@@ -121,11 +121,21 @@ class TrainingPlan:
                     f"From {wall.layout} reading takes over from computing at about "
                     f"{wall.nodes:,.0f} nodes (by {wall.limit})."
                 )
-        found.append(
-            f"Staged into the memory of {last.nodes} nodes (data.stage, data.divide) the store is "
-            f"read once, in {last.staging_seconds:,.0f} s; then there is no such wall."
-        )
+        found.append(self._staging(last))
         return found
+
+    def _staging(self, row: NodePlan) -> str:
+        share = self.data_bytes[OURS] / row.nodes
+        where = f"the memory of {_count(row.nodes, 'node')} (data.stage, data.divide)"
+        if share > self.machine.host_memory:
+            return (
+                f"The store does not fit into {where}: {share / 1e9:,.0f} GB a node, and a node has "
+                f"{self.machine.host_memory / 1e9:,.0f}."
+            )
+        return (
+            f"Staged into {where} the store is read once, in {row.staging_seconds:,.0f} s; then "
+            "there is no such wall."
+        )
 
     def _fit(self, row: NodePlan) -> str:
         room, has = row.memory.total / 1e9, self.machine.device_memory / 1e9
@@ -136,7 +146,7 @@ class TrainingPlan:
             else "no stage fits: lower train.max_micro_batch, or recompute with train.checkpointing"
         )
         return (
-            f"{self.recipe} on {_count(row.nodes, 'node')} ({row.ranks} ranks): stage "
+            f"{self.recipe} on {_count(row.nodes, 'node')} ({_count(row.ranks, 'rank')}): stage "
             f"{row.memory.stage} {verdict}, {room:.1f} of {has:.0f} GB a rank with {HEADROOM:.0%} "
             f"kept free; {which}."
         )

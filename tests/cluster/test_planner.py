@@ -272,6 +272,10 @@ def test_a_model_too_large_for_a_device_is_said_to_be(trace: Trace) -> None:
     found = plan_training(small(), tight, 1)
     assert not found.rows[0].fits and found.rows[0].smallest is None
     assert "no stage fits: lower train.max_micro_batch" in found.sentences()[0]
+    poor = replace(tight, host_memory=1e12)
+    assert (
+        "does not fit into the memory of 1 node" in plan_training(small(), poor, 1).sentences()[-1]
+    )
 
 
 def test_shipped_descriptions_are_whole() -> None:
@@ -327,7 +331,12 @@ def test_the_command_prints_the_same(plan: TrainingPlan) -> None:
     words = ["plan", "train", "pretrain/swin4d_simmim", *SMALL, "--cluster", "aurora"]
     shown = CliRunner().invoke(app, [*words, "--nodes", "1,2"])
     assert shown.exit_code == 0, shown.output
-    for word in ("stage 0 = 1", "24 ranks", "node-hours", "the smallest stage that fits is 1"):
+    for word in (
+        "stage 1 ←",
+        "24 ranks, 2 × 12",
+        "node-hours",
+        "the smallest stage that fits is 1",
+    ):
         assert word in shown.output
     shown = CliRunner().invoke(app, [*words, "--nodes", "1,2", "--json"])
     found: dict[str, Any] = json.loads(shown.output)
