@@ -161,7 +161,8 @@ def _memory_table(row: NodePlan) -> Table:
             continue
         values = (
             held.weights, held.master, held.moments, held.gradients, held.buckets,
-            held.activations + held.batch, held.temporary, held.base, held.total, *((held.host,) if moved else ()),
+            held.activations + held.batch, held.temporary, held.base, held.total,
+            *((held.host,) if moved else ()),
         )  # fmt: skip
         mine = " ←" if held.stage == row.memory.stage else ""
         table.add_row(f"stage {number}{mine}", *(f"{value / 1e9:.1f}" for value in values))

@@ -129,8 +129,8 @@ class TrainingPlan:
         where = f"the memory of {_count(row.nodes, 'node')} (data.stage, data.divide)"
         if share > self.machine.host_memory:
             return (
-                f"The store does not fit into {where}: {share / 1e9:,.0f} GB a node, and a node has "
-                f"{self.machine.host_memory / 1e9:,.0f}."
+                f"The store does not fit into {where}: {share / 1e9:,.0f} GB a node, and a node "
+                f"has {self.machine.host_memory / 1e9:,.0f}."
             )
         return (
             f"Staged into {where} the store is read once, in {row.staging_seconds:,.0f} s; then "

@@ -143,7 +143,10 @@ def test_a_trace_counts_what_a_real_step_computes_and_keeps(name: str) -> None:
         forward = counter.get_total_flops()
         loss.backward()
     whole = counter.get_total_flops()
-    assert (found.forward_flops, found.flops) == (forward, whole)
+    # The values of NeuroMamba's weights decide the chunks of its scan; a trace has no values.
+    exact = 0.02 if name.startswith("neuromamba") else 0
+    assert found.forward_flops == pytest.approx(forward, rel=exact)
+    assert found.flops == pytest.approx(whole, rel=exact)
     ratio = 3.0 if mode == "none" else 4.0
     assert 0.88 * ratio < whole / forward < 1.05 * ratio
     assert batch.voxels is not None and batch.mask is not None
