@@ -16,8 +16,7 @@ from fmrizoo.cluster.steptime import Run, fit, throughput
 
 TABLE = ((1, 27.44), (4, 83.85), (16, 276.29), (64, 877.98), (256, 2934.31), (512, 4251.88))
 FITTED = 3  # rows
-# recipes/pretrain/sizes/swin4d_3B without checkpointing: half of a trace that counted every product
-# twice, which agrees with pen and paper; --trace counts anew.
+# recipes/pretrain/sizes/swin4d_3B without checkpointing, as the planner traces it (--trace).
 PARAMETERS, FLOPS = 4_049_670_144, 17_979_641_167_872
 
 

@@ -122,21 +122,24 @@ def train(
 
 
 def _print_plan(found: TrainingPlan) -> None:
+    from fmrizoo.cluster.capacity import OURS, SOURCES
+
     out.print(
         f"{found.parameters / 1e6:,.1f} M parameters, {found.clip_flops / 1e12:,.2f} TFLOP a clip; "
         f"{found.machine.name}: {found.machine.ranks_per_node} ranks a node"
     )
     for row in found.rows:
-        out.print()
+        out.print(f"\n{row.ranks} ranks, {row.nodes} × {found.machine.ranks_per_node}:")
         out.print(_memory_table(row))
     out.print()
     out.print(_time_table(found))
+    out.print("clips: micro-steps of a step × clips of a rank in each", style="dim")
     stored = found.data_bytes
     out.print(
         f"\nA checkpoint takes {found.checkpoint_bytes / 1e9:,.1f} GB, all that are kept "
         f"{found.kept_bytes / 1e9:,.1f} GB. The data take "
-        + ", ".join(f"{size / 1e12:,.1f} TB as {name}" for name, size in stored.items())
-        + ".",
+        + ", ".join(f"{stored[name] / 1e12:,.1f} TB as {name}" for name in (OURS, SOURCES))
+        + " (all layouts: fmrizoo plan data).",
         soft_wrap=True,
     )
     for sentence in found.sentences():
@@ -146,18 +149,23 @@ def _print_plan(found: TrainingPlan) -> None:
 def _memory_table(row: NodePlan) -> Table:
     """GB of a rank, a line per stage; the batch counts among the activations."""
     table = Table(box=None, padding=(0, 1), header_style="dim", pad_edge=False)
-    table.add_column(f"GB, {row.ranks} ranks", no_wrap=True)
+    table.add_column("GB a rank", no_wrap=True)
     for name in ("weights", "master", "moments", "grads", "buckets", "activ.", "step", "base"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("total", justify="right", no_wrap=True)
-    table.add_column("host", justify="right", no_wrap=True)
+    moved = any(held.host for held in row.stages)
+    if moved:
+        table.add_column("host", justify="right", no_wrap=True)
     for number, held in enumerate(row.stages):
+        if held.stage != number:  # bf16 has no stage 0
+            continue
         values = (
             held.weights, held.master, held.moments, held.gradients, held.buckets,
-            held.activations + held.batch, held.temporary, held.base, held.total, held.host,
+            held.activations + held.batch, held.temporary, held.base, held.total,
+            *((held.host,) if moved else ()),
         )  # fmt: skip
-        name = f"stage {number}" + (f" = {held.stage}" if held.stage != number else "")
-        table.add_row(name, *(f"{value / 1e9:.1f}" for value in values))
+        mine = " ←" if held.stage == row.memory.stage else ""
+        table.add_row(f"stage {number}{mine}", *(f"{value / 1e9:.1f}" for value in values))
     return table
 
 

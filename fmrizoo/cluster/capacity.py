@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,21 @@ class TrainingPlan:
                     f"From {wall.layout} reading takes over from computing at about "
                     f"{wall.nodes:,.0f} nodes (by {wall.limit})."
                 )
-        found.append(
-            f"Staged into the memory of {last.nodes} nodes (data.stage, data.divide) the store is "
-            f"read once, in {last.staging_seconds:,.0f} s; then there is no such wall."
-        )
+        found.append(self._staging(last))
         return found
+
+    def _staging(self, row: NodePlan) -> str:
+        share = self.data_bytes[OURS] / row.nodes
+        where = f"the memory of {_count(row.nodes, 'node')} (data.stage, data.divide)"
+        if share > self.machine.host_memory:
+            return (
+                f"The store does not fit into {where}: {share / 1e9:,.0f} GB a node, and a node "
+                f"has {self.machine.host_memory / 1e9:,.0f}."
+            )
+        return (
+            f"Staged into {where} the store is read once, in {row.staging_seconds:,.0f} s; then "
+            "there is no such wall."
+        )
 
     def _fit(self, row: NodePlan) -> str:
         room, has = row.memory.total / 1e9, self.machine.device_memory / 1e9
@@ -135,7 +146,7 @@ class TrainingPlan:
             else "no stage fits: lower train.max_micro_batch, or recompute with train.checkpointing"
         )
         return (
-            f"{self.recipe} on {_count(row.nodes, 'node')} ({row.ranks} ranks): stage "
+            f"{self.recipe} on {_count(row.nodes, 'node')} ({_count(row.ranks, 'rank')}): stage "
             f"{row.memory.stage} {verdict}, {room:.1f} of {has:.0f} GB a rank with {HEADROOM:.0%} "
             f"kept free; {which}."
         )
@@ -170,7 +181,8 @@ def plan_training(
     data = data or DataSet(50_000, max(490, frames), clip_frames=frames)
     data = replace(data, clip_frames=frames, clips_per_visit=recipe.data.clips_per_visit)
     worlds = [World(0, n * machine.ranks_per_node, 0, "plan") for n in counts]
-    sizes = [_micro(recipe, world, n) for world, n in zip(worlds, counts, strict=True)]
+    every = lcm(*(world.size for world in worlds))
+    sizes = [_micro(recipe, world, n, every) for world, n in zip(worlds, counts, strict=True)]
     traces = {size: trace_step(recipe, size) for size in sorted(set(sizes))}
     layouts = costs(data)
     rows = tuple(
@@ -192,11 +204,12 @@ def plan_training(
     )
 
 
-def _micro(recipe: Recipe, world: World, nodes: int) -> int:
+def _micro(recipe: Recipe, world: World, nodes: int, every: int) -> int:
     try:
         return micro_batch(recipe.train, world)
     except RecipeError as error:
-        raise RecipeError(f"on {_count(nodes, 'node')}: {error}") from None
+        all_of_them = "" if every == world.size else f"; all --nodes together need {every}"
+        raise RecipeError(f"on {_count(nodes, 'node')}: {error}{all_of_them}") from None
 
 
 def _row(

@@ -16,7 +16,7 @@ from fmrizoo.cluster.trace import Trace, trace_step
 from fmrizoo.config import Recipe, TrainConfig
 from fmrizoo.errors import RecipeError
 from fmrizoo.trainer.device import World
-from fmrizoo.trainer.engine import deepspeed_config, micro_batch, zero_stage
+from fmrizoo.trainer.engine import accumulation, deepspeed_config, micro_batch, zero_stage
 
 OFFLOADS = ("none", "optimizer", "parameters")
 LIVE = 1_000_000_000  # whole parameters that stage 3 keeps at a time (stage3_max_live_parameters)
@@ -125,8 +125,9 @@ def _moments(
             held, buffers = word * one, 4.0 * one
         elif kind == "plain" or (kind == "flat" and stage == 1):
             held, buffers = word * (done + one), 0.0
-        elif kind == "flat":
-            held, buffers = word * one, word * bucket
+        elif kind == "flat":  # sums of earlier micro-steps were there before, see _states
+            sums = 0.0 if start.gradients else 4.0 * done / n
+            held, buffers = word * one + sums, word * bucket
         else:  # stage 3: the bucket is there from the start
             held, buffers = word * one, 0.0
         if moment.peak + held + buffers > worst:
@@ -150,7 +151,8 @@ def _moments(
     if kind == "plain":
         step["gradients"] = word * whole
     elif kind == "flat":
-        step["gradients"] = start.gradients + (4.0 * share if on_device else 0.0)
+        step["gradients"] = max(start.gradients, 4.0 * share if on_device else 0.0)
+        step["gradients"] += 4.0 * share if on_device else 0.0  # laid side by side once more
         step["buckets"] = word * bucket if stage == 1 else 0.0
     elif kind == "parts":  # gradients are laid side by side once more
         step["weights"] = start.weights - word * min(whole, LIVE)
@@ -184,8 +186,8 @@ def _states(train: TrainConfig, trace: Trace, world: World, offload: str) -> dic
     master = 0.0 if kind == "plain" else 4.0 * share
     moments = 8.0 * (whole if kind == "plain" else share)
     gradients = {"plain": 0.0, "bf16": 4.0 * whole, "flat": 0.0, "parts": 4.0 * share}[kind]
-    if kind == "flat" and stage == 2 and train.precision == "bf16":
-        gradients = 4.0 * share
+    if kind == "flat" and stage == 2 and accumulation(train, world) > 1:
+        gradients = 4.0 * share  # sums of earlier micro-steps; else they come with the buckets
     host = 0.0
     if offload != "none":
         host = master + moments + (4.0 * share)
@@ -216,8 +218,8 @@ def _reduction(
         return {"gradients": word * whole, "buckets": word * min(whole, FLAT) if n > 1 else 0.0}
     if kind == "bf16":
         return {"buckets": 4.0 * min(whole, FLAT) if n > 1 else 0.0}
-    if kind == "flat" and stage == 1:
-        return {"gradients": word * whole, "buckets": word * bucket}
+    if kind == "flat" and stage == 1:  # whole gradients, and this rank's part of their sums
+        return {"gradients": word * whole + 4.0 * share, "buckets": word * bucket}
     if kind == "flat":
         widened = 4.0 * bucket if word < 4.0 else 0.0
         kept = max(start.gradients, 4.0 * share)
