@@ -28,8 +28,19 @@ SETTINGS = {"complex": ["dim=16", "num_heads=2", "cells=2"], "lora": ["rank=2"]}
 VARIANTS = [
     (head, dict(settings)) for head in HEADS.list() for settings in HEADS[head].factory.variants
 ]
+# The other two backbones train these heads in the fast tests, and the contracts all of them.
+MARKS = {
+    ("swin_factorized", "linear"): pytest.mark.slow,
+    ("swin_factorized", "prompt"): pytest.mark.slow,
+}
 PAIRS = [
-    pytest.param(name, head, settings, id="-".join([name, head, *map(str, settings.values())]))
+    pytest.param(
+        name,
+        head,
+        settings,
+        id="-".join([name, head, *map(str, settings.values())]),
+        marks=MARKS.get((name, head), ()),
+    )
     for name, (head, settings) in itertools.product(BACKBONES.list(), VARIANTS)
 ]
 

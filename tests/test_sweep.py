@@ -306,6 +306,7 @@ def test_a_terminated_sweep_goes_on_to_the_numbers_it_would_have_had(
     assert resumed.transfers == whole.transfers
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(sample_store: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "fmrizoo", "mup", "transfer", "mup/haxby_transfer"),

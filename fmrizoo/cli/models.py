@@ -91,7 +91,7 @@ def export(
     from fmrizoo.trainer.export import read_info
 
     info = read_info(consolidate(source, folder, step=step, best=best))
-    out.print(f"{folder}: step {info.step}, {info.parameters:,} parameters")
+    out.print(f"{folder}: step {info.step}, {info.parameters:,} parameters", soft_wrap=True)
 
 
 @app.command()

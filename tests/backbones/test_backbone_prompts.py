@@ -128,7 +128,9 @@ def test_prompts_reach_every_feature_and_get_gradients(kind: str) -> None:
         assert gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("kind", BUILDS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_pieces_and_recomputing_change_nothing(

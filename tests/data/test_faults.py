@@ -155,7 +155,7 @@ def test_a_checksum_left_out_would_be_seen(
 # --- files that change under the reader -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("in_place", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_files_replaced_while_being_read(
     in_place: bool, tiny: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:

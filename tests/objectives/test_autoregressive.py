@@ -291,7 +291,10 @@ def real_model(section: dict[str, Any]) -> PretrainingModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == "neuromamba" else pytest.mark.slow) for n in REAL],
+)
 def test_a_short_training_beats_persistence_on_ramps(name: str) -> None:
     """All voxels move along lines, which persistence cannot see."""
     model = real_model(REAL[name]).train()

@@ -74,7 +74,13 @@ def test_the_sentence_says_when_no_forecast_would_be_better() -> None:
 
 @pytest.mark.parametrize(
     ("grid", "frames"),
-    [((40, 20, 1), 1), ((6, 10, 10), 3), ((1, 8, 9), 2), ((7, 1, 9), 25), ((2, 2, 2), 5)],
+    [
+        ((40, 20, 1), 1),
+        pytest.param((6, 10, 10), 3, marks=pytest.mark.slow),
+        ((1, 8, 9), 2),
+        pytest.param((7, 1, 9), 25, marks=pytest.mark.slow),
+        ((2, 2, 2), 5),
+    ],
 )
 def test_any_grid_makes_pictures(grid: tuple[int, int, int], frames: int) -> None:
     one = ahead(grid, frames, off=0.3)

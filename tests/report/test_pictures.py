@@ -49,7 +49,16 @@ def test_voxels_never_shown_fall_back_to_the_mean_of_what_was_shown() -> None:
         assert errors[name] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("grid", [(40, 20, 1), (6, 10, 10), (1, 8, 9), (7, 1, 9), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        (40, 20, 1),
+        pytest.param((6, 10, 10), marks=pytest.mark.slow),
+        (1, 8, 9),
+        (7, 1, 9),
+        (2, 2, 2),
+    ],
+)
 def test_any_grid_makes_a_picture(grid: tuple[int, int, int]) -> None:
     p = picture(grid)
     for image in (pictures.slices(p), pictures.courses(p)):

@@ -84,8 +84,15 @@ def run(model: nn.Module, given: Any = clips, mode: str = "none", **changes: Any
     return losses, names
 
 
-@pytest.mark.parametrize("mode", ["blocks", "model"])
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize(
+    ("stage", "mode"),
+    [
+        (1, "model"),
+        (3, "blocks"),
+        pytest.param(1, "blocks", marks=pytest.mark.slow),
+        pytest.param(3, "model", marks=pytest.mark.slow),
+    ],
+)
 def test_equals_eager(mode: str, stage: int) -> None:
     losses, names = run(stack(), zero_stage=stage)
     compiled, same = run(stack(), mode=mode, zero_stage=stage)

@@ -149,6 +149,7 @@ def test_rerun_is_exact(launches: Launches, fault: str) -> None:
     assert timeless(launches.out / fault) == timeless(launches.out / "none")
 
 
+@pytest.mark.slow
 def test_lock_that_is_never_released(tmp_path: Path) -> None:
     """No Python thread runs any more; a timer without need of the lock ends the process."""
     (end,) = tiny_ranks(tmp_path, fault="lock", size=1)

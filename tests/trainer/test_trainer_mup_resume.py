@@ -48,7 +48,7 @@ def rates(engine: Engine) -> list[float]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
     found = Seen()
     step: Callable[[Engine, float], float] = Engine.step
-    restore: Callable[[Engine, Sharded], None] = Engine.restore
+    restore = Engine.restore
 
     def noting(engine: Engine, part: float) -> float:
         norm = step(engine, part)
@@ -56,8 +56,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         found.weights.append({n: v.clone() for n, v in engine.weights()})
         return norm
 
-    def loading(engine: Engine, stored: Sharded) -> None:
-        restore(engine, stored)
+    def loading(engine: Engine, stored: Sharded, told: Callable[[], object] | None = None) -> None:
+        restore(engine, stored, told)
         found.weights.append({n: v.clone() for n, v in engine.weights()})
 
     monkeypatch.setattr(Engine, "step", noting)

@@ -143,7 +143,7 @@ def test_bytes_in_a_folder_that_goes(tmp_path: Path) -> None:
     assert bytes_in(tmp_path / "absent") == 0
 
 
-@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("at_once", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_slow_write_of_a_run_is_no_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:

@@ -112,8 +112,8 @@ def test_moments_matter(runs: Path, tmp_path: Path) -> None:
     given = replace(inputs(tmp_path / "run", save_every=2), model=scaled())
     begin = Engine.restore
 
-    def forgetful(engine: Engine, stored: Sharded) -> None:
-        begin(engine, stored)
+    def forgetful(engine: Engine, stored: Sharded, told: Any = None) -> None:
+        begin(engine, stored, told)
         engine.fragments.begin(stored.steps)
 
     with pytest.MonkeyPatch.context() as patch:
