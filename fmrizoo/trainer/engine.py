@@ -230,7 +230,7 @@ class Engine:
         if self.stage != train.zero_stage:
             log.info("train.zero_stage=0 with bf16 runs as stage 1: stage 0 would step wrongly")
         if world.size == 1 and self.stage > 1 and train.offload == "none":
-            log.info("one rank has nobody to share with: train.zero_stage=1 is the same, and faster")
+            log.info("one rank has nobody to share with: train.zero_stage=1 does the same, faster")
         self._main = world.main
         self._exact = self._high_precision_copy(world)
         # Before parameters are taken apart: then they have no shape.
