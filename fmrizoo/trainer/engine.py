@@ -229,8 +229,9 @@ class Engine:
         self.stage = zero_stage(train)
         if self.stage != train.zero_stage:
             log.info("train.zero_stage=0 with bf16 runs as stage 1: stage 0 would step wrongly")
-        if world.size == 1 and self.stage > 1 and train.offload == "none":
-            log.info("one rank has nobody to share with: train.zero_stage=1 does the same, faster")
+        enough = 0 if train.precision == "fp32" else 1
+        if world.size == 1 and self.stage > enough and train.offload == "none":
+            log.info("one rank shares with nobody: train.zero_stage=%d does the same, faster", enough)
         self._main = world.main
         self._exact = self._high_precision_copy(world)
         # Before parameters are taken apart: then they have no shape.
