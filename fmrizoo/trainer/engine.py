@@ -231,7 +231,7 @@ class Engine:
             log.info("train.zero_stage=0 with bf16 runs as stage 1: stage 0 would step wrongly")
         enough = 0 if train.precision == "fp32" else 1
         if world.size == 1 and self.stage > enough and train.offload == "none":
-            log.info("one rank shares with nobody: train.zero_stage=%d does the same, faster", enough)
+            log.info("one rank shares with nobody: zero_stage=%d does the same, faster", enough)
         self._main = world.main
         self._exact = self._high_precision_copy(world)
         # Before parameters are taken apart: then they have no shape.
