@@ -27,6 +27,7 @@ SWIN, MAMBA = "pretrain/swin4d_simmim", "pretrain/neuromamba_simmim"
 SETTINGS = [
     (SWIN, "fp32", 0),
     (SWIN, "bf16", 1),
+    (SWIN, "fp32", 1),
     (SWIN, "bf16", 2),
     (SWIN, "bf16", 3),
     (MAMBA, "bf16", 1),
