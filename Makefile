@@ -46,6 +46,10 @@ bench: install
 	$(BIN)/python benchmarks/io.py
 	$(BIN)/python benchmarks/number_formats.py
 	$(BIN)/python benchmarks/ablation_truth.py
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/planner_aurora.py
+	$(BIN)/python benchmarks/planner_memory.py
+	$(BIN)/python benchmarks/faults.py
 
 clean:
 	rm -rf $(VENV) build demo .pytest_cache .mypy_cache .ruff_cache
