@@ -14,8 +14,8 @@ from trainer_tiny import ALONE, clips, inputs, reference, rows, scaled, timeless
 from fmrizoo.errors import RecipeError
 from fmrizoo.trainer.device import init_distributed
 from fmrizoo.trainer.engine import Engine, param_groups
-from fmrizoo.trainer.groups import lr_scales
 from fmrizoo.trainer.export import read_model
+from fmrizoo.trainer.groups import lr_scales
 from fmrizoo.trainer.loop import StepEvent, train
 from fmrizoo.trainer.schedule import factor
 
