@@ -29,10 +29,7 @@ VARIANTS = [
     (head, dict(settings)) for head in HEADS.list() for settings in HEADS[head].factory.variants
 ]
 # The other two backbones train these heads in the fast tests, and the contracts all of them.
-MARKS = {
-    ("swin_factorized", "linear"): pytest.mark.slow,
-    ("swin_factorized", "prompt"): pytest.mark.slow,
-}
+MARKS = {("swin_factorized", head): pytest.mark.slow for head in HEADS.list()}
 PAIRS = [
     pytest.param(
         name,

@@ -77,6 +77,7 @@ def test_parts_make_the_table_together(sample_store: Path, tmp_path: Path) -> No
     assert body["rows"][0]["name"] == "reference"
 
 
+@pytest.mark.slow
 def test_a_part_that_was_stopped_says_go_on_and_one_that_is_done_does_not(
     sample_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

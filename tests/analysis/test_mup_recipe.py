@@ -37,7 +37,10 @@ def narrow(name: str) -> list[int]:
     return list(widths_of(small(load_recipe(name))))[:3]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if "factorized" in n else ()) for n in NAMES],
+)
 def test_mup_keeps_its_word_and_sp_does_not(name: str) -> None:
     every = widths_of(small(load_recipe(name)))
     widths = [every[0], every[1], every[3]]

@@ -137,6 +137,7 @@ def gone(pids: list[int]) -> bool:
     return not any(alive(pid) for pid in pids)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_names_its_subject(tree: Any, tmp_path: Path) -> None:
     for subject in ("01", "02", "03"):
         tree.add(subject)

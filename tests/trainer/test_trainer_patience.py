@@ -83,6 +83,7 @@ def test_disk_that_stands_still_is_a_hang(tmp_path: Path) -> None:
     assert "while saving a checkpoint" in file_of(tmp_path, 0).read_text()
 
 
+@pytest.mark.slow
 def test_late_answer_with_growing_files_is_no_hang(tmp_path: Path) -> None:
     """A rank whose features are there waits for one that makes its own for a long time."""
     ended, done = threading.Event(), Future[None]()
