@@ -122,13 +122,12 @@ class Watchdog:
         # in looks: a process that was suspended meanwhile has not hung.
         beats, looked, idle = self._pulse.beats, time.monotonic(), 0.0
         try:
+            self._wind()
             while not self._over.wait(min(self._limit / 4, _LOOK)):
                 now = time.monotonic()
                 idle += min(now - looked, self._limit / 2, 2 * _LOOK)
                 looked = now
-                # Whoever holds the interpreter's lock and hangs keeps this thread from running; a
-                # timer without need of it then ends the process (code 1, stacks on stderr).
-                faulthandler.dump_traceback_later(2 * self._limit, exit=True, file=2)
+                self._wind()
                 if self._pulse.beats != beats:
                     beats, idle = self._pulse.beats, 0.0
                 elif idle >= self._limit:
@@ -136,6 +135,13 @@ class Watchdog:
                     return
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+    def _wind(self) -> None:
+        """Wind the timer up again, which needs no lock of the interpreter to end the process.
+
+        Whoever holds that lock and hangs keeps this thread from running (code 1, stacks on stderr).
+        """
+        faulthandler.dump_traceback_later(2 * self._limit, exit=True, file=2)
 
     def _fire(self, seconds: float) -> None:
         faulthandler.cancel_dump_traceback_later()

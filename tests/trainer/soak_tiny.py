@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -94,8 +95,9 @@ def heap_in_use() -> int:
     return int(found.uordblks + found.hblkhd)
 
 
-def held(step: int, out: Path, stage: Path, temporary: Path) -> Held:
-    """Look at this process; garbage is collected before."""
+def held(step: int, out: Path, stage: Path, temporary: Path, keep: int) -> Held:
+    """Look at this process, between two checkpoints; garbage is collected before."""
+    _published(out / "checkpoints", keep)
     gc.collect()
     status = Path("/proc/self/status").read_text().splitlines()
     values = dict(line.split(":", 1) for line in status)
@@ -114,6 +116,18 @@ def held(step: int, out: Path, stage: Path, temporary: Path) -> Held:
         staged=sum(len(files) for _, _, files in os.walk(stage)),
         checkpoints=len(list((out / "checkpoints").glob("step-*"))),
     )
+
+
+def _published(checkpoints: Path, keep: int) -> None:
+    """Wait until no checkpoint is on its way: a thread writes them, with files open meanwhile."""
+    for _ in range(1000):
+        names = sorted(path.name for path in checkpoints.glob("step-*"))
+        latest = checkpoints / "latest"
+        named = latest.read_text().strip() if latest.is_file() else ""
+        # Dropping old ones comes last.
+        if len(names) <= keep and names[-1:] == [named] * bool(names):
+            return
+        time.sleep(0.01)
 
 
 def _shared() -> int:
@@ -274,7 +288,8 @@ def soak(plan: Plan) -> Seen:
             seen.step = result.step
             seen.seconds += result.seconds
             del result
-            now = held(0, plan.folder / "run", plan.folder / "stage", Path(os.environ["TMPDIR"]))
+            temporary = Path(os.environ["TMPDIR"])
+            now = held(0, plan.folder / "run", plan.folder / "stage", temporary, seen.keep)
             seen.after.append((now.descriptors, now.threads))
     return seen
 
@@ -308,7 +323,7 @@ def _start(plan: Plan, seen: Seen, load: Neighbours, stop: int | None, threads: 
             temporary = Path(os.environ["TMPDIR"])
             if not seen.looks:
                 gc.freeze()  # what importing made: else every look takes a second
-            now = held(event.step, out, plan.folder / "stage", temporary)
+            now = held(event.step, out, plan.folder / "stage", temporary, seen.keep)
             # Not a list of objects: looking must leave nothing behind that the next look counts.
             seen.looks.extend(astuple(now))
         if event.step == stop:
