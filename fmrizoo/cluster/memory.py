@@ -1,6 +1,6 @@
 """Memory of one rank while it trains: states by ZeRO stage, gradients on their way, activations.
 
-What DeepSpeed allocates is written here as arithmetic, read from its sources (0.18) for exactly the
+What DeepSpeed allocates is written here as arithmetic, read from its sources (0.19) for exactly the
 configuration that :func:`fmrizoo.trainer.engine.deepspeed_config` gives it; activations are traced
 (:mod:`fmrizoo.cluster.trace`). Nothing is a fudge factor but ``WORKSPACE``, which was measured.
 Equations, errors against measured peaks: docs/planner.md, benchmarks/planner_memory.py.
@@ -15,10 +15,10 @@ from typing import Any
 from fmrizoo.cluster.trace import Trace, trace_step
 from fmrizoo.config import Recipe, TrainConfig
 from fmrizoo.errors import RecipeError
+from fmrizoo.sections.train import OFFLOAD
 from fmrizoo.trainer.device import World
 from fmrizoo.trainer.engine import accumulation, deepspeed_config, micro_batch, zero_stage
 
-OFFLOADS = ("none", "optimizer", "parameters")
 LIVE = 1_000_000_000  # whole parameters that stage 3 keeps at a time (stage3_max_live_parameters)
 FLAT = 500_000_000  # elements that DeepSpeed's plain all-reduce lays side by side
 # Bytes beside all tensors: oneDNN's, gloo's and the allocator's. Measured (fitted rows of the
@@ -93,8 +93,8 @@ def rank_memory(
     """
     train = recipe.train if stage is None else replace(recipe.train, zero_stage=stage)
     offload = offload or str(getattr(train, "offload", "none"))
-    if offload not in OFFLOADS:
-        raise RecipeError(f"train.offload is one of {', '.join(OFFLOADS)}, got {offload!r}")
+    if offload not in OFFLOAD:
+        raise RecipeError(f"train.offload is one of {', '.join(OFFLOAD)}, got {offload!r}")
     if ranks < 1:
         raise RecipeError(f"a job has at least 1 rank, got {ranks}")
     world = World(0, ranks, 0, "plan")
