@@ -14,6 +14,7 @@ os.environ.pop("COLUMNS", None)
 from pathlib import Path
 
 import pytest
+import torch
 
 # Small enough that every job of the pipeline takes seconds.
 TINY = [
@@ -23,6 +24,12 @@ TINY = [
     "train.batch_size=4",
     "train.validate_every=2",
 ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Every test, fixtures of its module too, draws the same numbers whatever ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,11 @@ def test_a_trace_counts_what_a_real_step_computes_and_keeps(name: str) -> None:
     model = build_model(recipe).train()
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     set_checkpointing(model, mode)
-    for parameter in model.parameters():
+    for key, parameter in model.named_parameters():
+        if key.endswith("A_log"):
+            # Fast decays cut the chunks of NeuroMamba's scan (2-3 % more products at the start
+            # of training); a trace has no values, so here the decays are slow and it is exact.
+            parameter.detach().fill_(-5.0)
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batch = made_up_clips(recipe, backbone, 2, torch.float32)
     with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
@@ -143,10 +147,8 @@ def test_a_trace_counts_what_a_real_step_computes_and_keeps(name: str) -> None:
         forward = counter.get_total_flops()
         loss.backward()
     whole = counter.get_total_flops()
-    # The values of NeuroMamba's weights decide the chunks of its scan; a trace has no values.
-    exact = 0.02 if name.startswith("neuromamba") else 0
-    assert found.forward_flops == pytest.approx(forward, rel=exact)
-    assert found.flops == pytest.approx(whole, rel=exact)
+    assert found.forward_flops == forward
+    assert found.flops == whole
     ratio = 3.0 if mode == "none" else 4.0
     assert 0.88 * ratio < whole / forward < 1.05 * ratio
     assert batch.voxels is not None and batch.mask is not None
