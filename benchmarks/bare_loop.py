@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fmrizoo.config import TrainConfig
-from fmrizoo.trainer.engine import DTYPES, param_groups
+from fmrizoo.trainer.engine import param_groups
+from fmrizoo.trainer.zero import DTYPES
 from fmrizoo.types import Batch
 
 KINDS: dict[str, dict[str, bool]] = {

@@ -15,8 +15,9 @@ import torch
 from fmrizoo.data.store import Store
 from fmrizoo.pipeline.inputs import loader
 from fmrizoo.trainer.device import World, init_distributed
-from fmrizoo.trainer.engine import DTYPES, Engine, set_checkpointing
+from fmrizoo.trainer.engine import Engine, set_checkpointing
 from fmrizoo.trainer.profile import PhaseClock
+from fmrizoo.trainer.zero import DTYPES
 from fmrizoo.types import Batch
 
 from bare_loop import BareLoop, quickest

@@ -21,7 +21,7 @@ from fmrizoo.cluster.trace import Trace, trace_step
 from fmrizoo.config import Recipe
 from fmrizoo.errors import RecipeError
 from fmrizoo.trainer.device import World
-from fmrizoo.trainer.engine import accumulation, micro_batch, zero_stage
+from fmrizoo.trainer.zero import accumulation, micro_batch, zero_stage
 
 HEADROOM = 0.1  # of a device's memory that a plan leaves free: the model's own error
 OURS = "fmrizoo int8"
@@ -231,6 +231,7 @@ def _row(
             ranks,
             trace=trace,
             stage=stage,
+            offload=_offload(stage, train.offload),
             base=machine.device_base,
             fused=machine.device == "cpu",
         )
@@ -239,7 +240,7 @@ def _row(
     mine = stages[train.zero_stage]
     fitting = [held.stage for held in stages if held.total <= room]
     word = 2.0 if train.precision == "bf16" else 4.0
-    sent = collectives(zero_stage(train), float(trace.trained), word, steps)
+    sent = collectives(zero_stage(train, ranks), float(trace.trained), word, steps)
     ours = next(cost for cost in layouts if cost.layout == OURS)
     step = StepTime(
         compute=steps * trace.flops / machine.rate(train.precision),
@@ -267,6 +268,13 @@ def _row(
             _wall(cost, machine, train.batch_size / step.working / nodes) for cost in layouts
         ),
     )
+
+
+def _offload(stage: int, asked: str) -> str:
+    """As much of what was ``asked`` as a ZeRO stage can move to the host."""
+    if stage == 0:
+        return "none"
+    return "optimizer" if stage < 3 and asked == "parameters" else asked
 
 
 def _reading(cost: Cost, machine: Machine, clips: float) -> float:

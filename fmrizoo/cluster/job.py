@@ -158,7 +158,7 @@ def check(job: Job) -> Recipe:
             cannot be divided over the ranks.
     """
     from fmrizoo.trainer.device import World
-    from fmrizoo.trainer.engine import micro_batch
+    from fmrizoo.trainer.zero import micro_batch
     from fmrizoo.zoo import load_recipe
 
     recipe = load_recipe(job.recipe, list(job.overrides))
@@ -191,7 +191,7 @@ def script(job: Job, call: Sequence[str] = ()) -> str:
     import jinja2
 
     from fmrizoo.trainer.device import World
-    from fmrizoo.trainer.engine import accumulation, micro_batch
+    from fmrizoo.trainer.zero import accumulation, micro_batch
 
     recipe = check(job)
     folder = files("fmrizoo.cluster").joinpath("templates")

@@ -1,7 +1,7 @@
 """Memory of one rank while it trains: states by ZeRO stage, gradients on their way, activations.
 
 What DeepSpeed allocates is written here as arithmetic, read from its sources (0.19) for exactly the
-configuration that :func:`fmrizoo.trainer.engine.deepspeed_config` gives it; activations are traced
+configuration that :func:`fmrizoo.trainer.zero.deepspeed_config` gives it; activations are traced
 (:mod:`fmrizoo.cluster.trace`). Nothing is a fudge factor but ``WORKSPACE``, which was measured.
 Equations, errors against measured peaks: docs/planner.md, benchmarks/planner_memory.py.
 """
@@ -15,9 +15,14 @@ from typing import Any
 from fmrizoo.cluster.trace import Trace, trace_step
 from fmrizoo.config import Recipe, TrainConfig
 from fmrizoo.errors import RecipeError
-from fmrizoo.sections.train import OFFLOAD
 from fmrizoo.trainer.device import World
-from fmrizoo.trainer.engine import accumulation, deepspeed_config, micro_batch, zero_stage
+from fmrizoo.trainer.zero import (
+    accumulation,
+    deepspeed_config,
+    micro_batch,
+    optimizer_kind,
+    zero_stage,
+)
 
 LIVE = 1_000_000_000  # whole parameters that stage 3 keeps at a time (stage3_max_live_parameters)
 FLAT = 500_000_000  # elements that DeepSpeed's plain all-reduce lays side by side
@@ -84,39 +89,39 @@ def rank_memory(
         ranks: Of the job.
         trace: Of this micro-batch, if it was made before.
         stage: Instead of ``train.zero_stage``.
-        offload: Instead of ``train.offload`` (``none`` where the recipe has none).
+        offload: Instead of ``train.offload`` .
         base: Bytes beside all tensors.
         fused: AdamW runs in one pass, as the engine asks for on a CPU.
 
     Raises:
-        RecipeError: a batch that cannot be divided, or an offload that does not exist.
+        RecipeError: a batch that cannot be divided, or an offload that does not exist or needs
+                another stage.
     """
-    train = recipe.train if stage is None else replace(recipe.train, zero_stage=stage)
-    offload = offload or str(getattr(train, "offload", "none"))
-    if offload not in OFFLOAD:
-        raise RecipeError(f"train.offload is one of {', '.join(OFFLOAD)}, got {offload!r}")
+    train = replace(
+        recipe.train,
+        zero_stage=recipe.train.zero_stage if stage is None else stage,
+        offload=offload or recipe.train.offload,
+    )
     if ranks < 1:
         raise RecipeError(f"a job has at least 1 rank, got {ranks}")
     world = World(0, ranks, 0, "plan")
     clips = micro_batch(train, world)
     trace = trace or trace_step(recipe, clips)
-    moments = _moments(train, trace, world, offload, fused)
+    moments = _moments(train, trace, world, fused)
     worst = max(moments, key=lambda one: one.total)
     return replace(worst, base=base)
 
 
-def _moments(
-    train: TrainConfig, trace: Trace, world: World, offload: str, fused: bool
-) -> Iterator[RankMemory]:
+def _moments(train: TrainConfig, trace: Trace, world: World, fused: bool) -> Iterator[RankMemory]:
     """The backward pass, the reduction of gradients and the optimizer's step."""
-    stage, n = zero_stage(train), world.size
-    sizes: dict[str, Any] = _states(train, trace, world, offload)
-    start = RankMemory(stage=stage, offload=offload, base=0.0, worst="", **sizes)
+    stage, n = zero_stage(train, world.size), world.size
+    sizes: dict[str, Any] = _states(train, trace, world)
+    start = RankMemory(stage=stage, offload=train.offload, base=0.0, worst="", **sizes)
     zero = deepspeed_config(train, world, trace.trained)["zero_optimization"]
     share, whole = trace.trained / n, float(trace.trained)
     word = 2.0 if train.precision == "bf16" else 4.0
     bucket = float(min(zero["reduce_bucket_size"], whole))
-    kind = _kind(train)
+    kind = optimizer_kind(train, n)
     # Backward: the gradients that are there at each moment, and what waits in buckets.
     done, worst, kept, parts = 0.0, 0.0, 0.0, 0.0
     for moment in trace.moments:
@@ -146,7 +151,7 @@ def _moments(
     # Step: AdamW's root and its quotient, both as large as the largest thing it steps at once. The
     # fused one, which the engine takes on a CPU, has neither.
     largest = float(trace.largest) if kind == "plain" else share
-    on_device = offload == "none"
+    on_device = train.offload == "none"
     step: dict[str, Any] = {"temporary": 8.0 * largest if on_device and not fused else 0.0}
     if kind == "plain":
         step["gradients"] = word * whole
@@ -160,19 +165,10 @@ def _moments(
     yield replace(start, worst="step", **step)
 
 
-def _kind(train: TrainConfig) -> str:
-    """Which of DeepSpeed's optimizers runs."""
-    stage = zero_stage(train)
-    if stage == 0:
-        return "plain"
-    if stage == 3:
-        return "parts"
-    return "bf16" if stage == 1 and train.precision == "bf16" else "flat"
-
-
-def _states(train: TrainConfig, trace: Trace, world: World, offload: str) -> dict[str, float]:
+def _states(train: TrainConfig, trace: Trace, world: World) -> dict[str, float]:
     """Bytes that are there all the time."""
-    kind, n, stage = _kind(train), world.size, zero_stage(train)
+    n = world.size
+    kind, stage = optimizer_kind(train, n), zero_stage(train, n)
     word = 2.0 if train.precision == "bf16" else 4.0
     whole, share = float(trace.trained), trace.trained / world.size
     weights = word * trace.parameters
@@ -189,11 +185,11 @@ def _states(train: TrainConfig, trace: Trace, world: World, offload: str) -> dic
     if kind == "flat" and stage == 2 and accumulation(train, world) > 1:
         gradients = 4.0 * share  # sums of earlier micro-steps; else they come with the buckets
     host = 0.0
-    if offload != "none":
+    if train.offload != "none":
         host = master + moments + (4.0 * share)
         master = moments = 0.0
         gradients = 0.0 if kind in ("flat", "parts") else gradients
-    if offload == "parameters" and stage == 3:
+    if train.offload == "parameters" and stage == 3:
         host += word * trace.parameters / n
         weights -= word * trace.parameters / n
     return {

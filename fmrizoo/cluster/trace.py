@@ -27,7 +27,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from fmrizoo.analysis.sizes import brain_of
 from fmrizoo.config import Recipe
 from fmrizoo.errors import RecipeError
-from fmrizoo.trainer.engine import DTYPES, set_checkpointing
+from fmrizoo.trainer.engine import set_checkpointing
+from fmrizoo.trainer.zero import DTYPES
 from fmrizoo.types import Backbone, Batch, Grid, Voxels
 from fmrizoo.zoo import build_model
 

@@ -148,7 +148,7 @@ def run_training(inputs: Any) -> TrainResult:
 def save_split(split: Split, out: Path, recipe: Recipe, world: World) -> None:
     """Write the split before training; a run that was started with another one is refused."""
     from fmrizoo.trainer.device import resolve_device
-    from fmrizoo.trainer.engine import micro_batch
+    from fmrizoo.trainer.zero import micro_batch
 
     # What the trainer would refuse at once is refused before anything is written.
     micro_batch(recipe.train, world)

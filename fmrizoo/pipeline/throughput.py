@@ -25,7 +25,7 @@ from fmrizoo.errors import RecipeError, TrainingError
 from fmrizoo.files import write_atomic
 from fmrizoo.pipeline.inputs import open_data
 from fmrizoo.trainer.device import World, discover
-from fmrizoo.trainer.engine import micro_batch
+from fmrizoo.trainer.zero import micro_batch
 
 BUSY = 0.25  # load average a core, before the first start, from which on it is said
 WORDS = "bench.json"  # in a run folder: what its ranks are told

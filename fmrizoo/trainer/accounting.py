@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fmrizoo.config import TrainConfig
-from fmrizoo.trainer.engine import zero_stage
+from fmrizoo.trainer.zero import zero_stage
 
 MB = 2**20  # bytes, as the other tables of memory count them
 _NAMES = ("head", "objective")
@@ -85,7 +85,7 @@ def account(model: nn.Module, train: TrainConfig, world_size: int = 1) -> Accoun
         encoder_trained += size * (mine and trains)
         added_trained += size * (trains and not mine)
         frozen += size * (not trains)
-    stage, trained = zero_stage(train), encoder_trained + added_trained
+    stage, trained = zero_stage(train, world_size), encoder_trained + added_trained
     words = 3 if train.precision == "bf16" else 2
     return Accounting(
         encoder=encoder,

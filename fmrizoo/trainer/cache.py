@@ -32,12 +32,12 @@ from fmrizoo.errors import FmrizooError, RecipeError, TrainingError
 from fmrizoo.files import canonical
 from fmrizoo.model import DownstreamModel
 from fmrizoo.trainer.device import World, rng_state, set_rng_state
-from fmrizoo.trainer.engine import micro_batch
 from fmrizoo.trainer.folder import RunFolder, deciding_keys
 from fmrizoo.trainer.inputs import BatchStream
 from fmrizoo.trainer.patience import answer_of, bytes_in
 from fmrizoo.trainer.ranks import Ranks
 from fmrizoo.trainer.shards import Rows, Shard
+from fmrizoo.trainer.zero import micro_batch
 from fmrizoo.types import ReadBatch, TaskSpec
 
 log = logging.getLogger(__name__)

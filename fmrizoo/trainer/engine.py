@@ -1,14 +1,8 @@
 """A model, its optimizer and DeepSpeed: accumulate, step, snapshot, restore, export.
 
-What is decided here because DeepSpeed's own defaults would change the result silently:
+What is decided here because DeepSpeed's own defaults would change the result silently (its config
+is made in :mod:`fmrizoo.trainer.zero`):
 
-- ZeRO stage 0 with bf16 takes one optimizer step with empty gradients before training (weights
-  decay once, Adam starts at its second step), so that pair runs as stage 1, which is the same
-  arithmetic.
-- bf16 gradients are summed over micro-batches and ranks in fp32. That takes three settings:
-  ``grad_accum_dtype`` (stages 2 and 3), ``immediate_grad_update`` (stage 1, which otherwise adds
-  micro-batches up in bf16 all the same) and ``communication_data_type`` (ranks).
-- Clipping is always written into the config (its default is 1.0, not off).
 - The optimizer is PyTorch's own AdamW: a config-built one would be compiled at first use.
 - No scheduler in the config: several of them give every group one rate. The loop sets
   ``rate of the group × factor``.
@@ -36,78 +30,10 @@ from fmrizoo.trainer.fragments import WEIGHT, Fragment, Fragments
 from fmrizoo.trainer.groups import groups_sentence as groups_sentence
 from fmrizoo.trainer.groups import param_groups as param_groups
 from fmrizoo.trainer.sharded import Sharded, Snapshot, take
+from fmrizoo.trainer.zero import DTYPES, deepspeed_config, optimizer_kind, zero_stage
 from fmrizoo.types import Batch, ReadBatch
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BUCKET = 200_000_000  # numbers that are reduced or gathered at a time
-
-
-def accumulation(train: TrainConfig, world: World) -> int:
-    """Micro-steps per optimizer step: ``accumulate``, or as few as ``max_micro_batch`` allows."""
-    if not train.max_micro_batch:
-        return train.accumulate
-    per_rank = max(1, train.batch_size // world.size)
-    divisors = (n for n in range(1, per_rank + 1) if per_rank % n == 0)
-    return next(n for n in divisors if per_rank // n <= train.max_micro_batch)
-
-
-def micro_batch(train: TrainConfig, world: World) -> int:
-    """Clips per rank and micro-step.
-
-    Raises:
-        RecipeError: the batch cannot be divided over ranks and accumulation.
-    """
-    steps = accumulation(train, world)
-    parts = world.size * steps
-    if train.batch_size % parts:
-        near = max(parts, round(train.batch_size / parts) * parts)
-        raise RecipeError(
-            f"train.batch_size={train.batch_size} cannot be divided over {world.size} ranks × "
-            f"{steps} accumulation steps; use a multiple of {parts}, for example {near}"
-        )
-    return train.batch_size // parts
-
-
-def zero_stage(train: TrainConfig) -> int:
-    """The ZeRO stage that runs (see the module's first note)."""
-    return max(train.zero_stage, 1 if train.precision == "bf16" else 0)
-
-
-def deepspeed_config(train: TrainConfig, world: World, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's config dict for a model of so many ``parameters``."""
-    stage = zero_stage(train)
-    # No larger than the model (DeepSpeed allocates them whole); it wants an even number.
-    bucket = min(parameters + parameters % 2, BUCKET)
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
-    }
-    if stage == 3:
-        # Small parameters stay whole on every rank; "small" is relative to the model.
-        zero["stage3_param_persistence_threshold"] = min(100_000, parameters // 1000)
-        zero["stage3_prefetch_bucket_size"] = bucket
-    if train.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if train.offload == "parameters":
-        zero["offload_param"] = {"device": "cpu"}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch(train, world),
-        "gradient_accumulation_steps": accumulation(train, world),
-        "gradient_clipping": float(train.clip_norm),
-        "zero_optimization": zero,
-        "bf16": {"enabled": train.precision == "bf16", "immediate_grad_update": True},
-        "communication_data_type": "fp32",
-        "zero_allow_untested_optimizer": True,
-        # Offloaded states are updated by PyTorch's AdamW: DeepSpeed's own would be compiled.
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**62,
-    }
-    if stage > 0:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
 
 
 def set_checkpointing(model: nn.Module, mode: str) -> None:
@@ -151,12 +77,11 @@ class Engine:
         self.model = model
         self.device = device
         self.dtype = DTYPES[train.precision]
-        self.stage = zero_stage(train)
+        self.stage = zero_stage(train, world.size)
         if self.stage != train.zero_stage:
-            log.info("train.zero_stage=0 with bf16 runs as stage 1: stage 0 would step wrongly")
-        enough = 0 if train.precision == "fp32" else 1
-        if world.size == 1 and self.stage > enough and train.offload == "none":
-            log.info("one rank shares with nobody: zero_stage=%d does the same, faster", enough)
+            more = self.stage > train.zero_stage
+            why = "stage 0 would step wrongly" if more else "one rank has nobody to share with"
+            log.info("zero_stage=%d runs as stage %d: %s", train.zero_stage, self.stage, why)
         self._main = world.main
         self._exact = self._high_precision_copy(world)
         # Before parameters are taken apart: then they have no shape.
@@ -181,7 +106,8 @@ class Engine:
         self._engine, *_ = self._deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
-        if world.size == 1 and (self.stage == 0 or (self.stage, train.precision) == (1, "bf16")):
+        self._kind = optimizer_kind(train, world.size)
+        if world.size == 1 and self._kind in ("plain", "bf16"):
             # DeepSpeed would copy all gradients into a bucket, reduce that over one rank, and copy
             # them back: a sixth of a step of 51M parameters. (At the other stages the reduction
             # also brings gradients to where the optimizer looks for them.)
@@ -246,6 +172,7 @@ class Engine:
         if not 0 <= norm < float("inf"):
             if self.stage > 0 and self._engine.was_step_applied():
                 raise RuntimeError(f"DeepSpeed stepped with a gradient of norm {norm}")
+            self._drop_sums()
             raise TrainingError("the gradient is not finite")
         if self._ema:
             # Short at first, so that the random start is soon forgotten.
@@ -260,7 +187,7 @@ class Engine:
         offloaded gradients), so it is told that this is one. At stage 0 it would take the step.
         """
         optimizer = self._engine.optimizer
-        name, stand_in = _STAND_INS[self.stage]
+        name, stand_in = _STAND_INS[self._kind]
         # On the instance: the class's own method shows again afterwards.
         before = vars(optimizer).get(name)
         setattr(optimizer, name, partial(stand_in, self.device))
@@ -272,6 +199,17 @@ class Engine:
                 setattr(optimizer, name, before)
         if self.stage > 0 and self._engine.was_step_applied():
             raise RuntimeError("DeepSpeed took a step that it was told to skip")
+        self._drop_sums()
+
+    def _drop_sums(self) -> None:
+        """After a step that was not taken: DeepSpeed keeps its sums where states are offloaded.
+
+        It would add the next step's gradients to them.
+        """
+        if self._kind == "flat":
+            sums = self._engine.optimizer.averaged_gradients
+            for group in sums:
+                sums[group] = None
 
     def timed(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
         """Put ``around(phase, work)`` in place of forward, backward and step."""
@@ -411,15 +349,20 @@ def _infinite_norm(device: torch.device) -> Tensor:
     return torch.tensor(float("inf"), device=device)
 
 
+def _infinite_gradients(device: torch.device) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """Stands in for the gradients that the norm is of, where DeepSpeed keeps fp32 sums of all."""
+    return [_infinite_norm(device)], {}
+
+
 def _infinite_norms(device: torch.device) -> list[Tensor]:
     """Stands in for the norms by group of ZeRO 3."""
     return [_infinite_norm(device)]
 
 
-# By stage: the method of DeepSpeed's optimizer that decides, and what replaces it for one call.
-_STAND_INS: dict[int, tuple[str, Callable[..., Any]]] = {
-    0: ("step", _no_step),
-    1: ("scaled_global_norm", _infinite_norm),
-    2: ("scaled_global_norm", _infinite_norm),
-    3: ("_get_norm_groups", _infinite_norms),
+# By kind: the method of DeepSpeed's optimizer that decides, and what replaces it for one call.
+_STAND_INS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "plain": ("step", _no_step),
+    "bf16": ("get_grads_for_norm", _infinite_gradients),
+    "flat": ("scaled_global_norm", _infinite_norm),
+    "parts": ("_get_norm_groups", _infinite_norms),
 }

@@ -25,13 +25,7 @@ from fmrizoo.trainer.device import (
     resolve_device,
     seed_everything,
 )
-from fmrizoo.trainer.engine import (
-    DTYPES,
-    Engine,
-    accumulation,
-    micro_batch,
-    set_checkpointing,
-)
+from fmrizoo.trainer.engine import Engine, set_checkpointing
 from fmrizoo.trainer.export import ModelInfo, read_info, save_model
 from fmrizoo.trainer.faults import NotFinite
 from fmrizoo.trainer.files import writing
@@ -58,6 +52,7 @@ from fmrizoo.trainer.watchdog import (
     Watchdog,
     losing_ranks,
 )
+from fmrizoo.trainer.zero import DTYPES, accumulation, micro_batch
 
 log = logging.getLogger(__name__)
 

@@ -208,8 +208,26 @@ def test_states_are_those_of_the_zero_paper(trace: Trace) -> None:
     moved = rank_memory(recipe, 8, trace=trace, stage=2, offload="optimizer")
     assert moved.moments == moved.master == 0 and moved.host >= 12 * p / 8
     assert moved.total < held[2].total
-    with pytest.raises(RecipeError, match=r"train\.offload is one of none, optimizer, parameters"):
+    away = rank_memory(recipe, 8, trace=trace, stage=1, offload="optimizer")
+    assert away.total < held[1].total, "no fp32 sums of all gradients then"
+    with pytest.raises(RecipeError, match=r"train\.offload"):
         rank_memory(recipe, 8, trace=trace, offload="disk")
+    with pytest.raises(RecipeError, match=r"train\.offload=parameters needs train\.zero_stage=3"):
+        rank_memory(recipe, 8, trace=trace, stage=2, offload="parameters")
+    one = [rank_memory(recipe, 1, trace=trace, stage=stage) for stage in range(4)]
+    assert {m.stage for m in one} == {1} and len({m.total for m in one}) == 1, "nobody to share"
+
+
+def test_stages_take_as_much_of_the_offload_as_they_can() -> None:
+    told = ["train.zero_stage=3", "train.offload=parameters"]
+    row = plan_training(small(*told), "aurora", [1], name="small").rows[0]
+    assert [(m.stage, m.offload) for m in row.stages] == [
+        (1, "none"),  # bf16 at stage 0
+        (1, "optimizer"),
+        (2, "optimizer"),
+        (3, "parameters"),
+    ]
+    assert row.memory == row.stages[3] and row.memory.host > row.stages[2].host
 
 
 def test_collectives_cost_what_the_equations_say() -> None:

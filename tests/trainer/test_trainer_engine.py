@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,18 @@ from trainer_tiny import Slope, Slopes, TinyStream, inputs, reference, rows, tin
 
 from fmrizoo.config import Recipe
 from fmrizoo.errors import RecipeError
-from fmrizoo.trainer.device import World
-from fmrizoo.trainer.engine import accumulation, deepspeed_config, micro_batch, param_groups
+from fmrizoo.trainer import zero
+from fmrizoo.trainer.device import World, init_distributed
+from fmrizoo.trainer.engine import Engine, param_groups
 from fmrizoo.trainer.export import read_model
 from fmrizoo.trainer.loop import TrainerInputs, train
+from fmrizoo.trainer.zero import (
+    accumulation,
+    deepspeed_config,
+    micro_batch,
+    optimizer_kind,
+    zero_stage,
+)
 
 # Losses of a bf16 forward are bf16 numbers: one unit in the last place at 1.0 is 0.0078.
 TOLERANCE = {"fp32": 1e-6, "bf16": 0.008}
@@ -40,6 +49,79 @@ def test_equals_plain_loop(tmp_path: Path, stage: int, precision: str, clip_norm
         torch.testing.assert_close(weights[name], value, atol=WEIGHTS[precision], rtol=0)
     if clip_norm:
         assert min(want.norms) < clip_norm < max(want.norms)  # some steps are clipped, some not
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")],
+)
+def test_offloading_in_bf16_equals_plain_loop(
+    tmp_path: Path, stage: int, offload: str, accumulate: int
+) -> None:
+    """(In fp32: test_trainer_stages.py.) DeepSpeed takes another optimizer at stage 1 then."""
+    changes = {"zero_stage": stage, "precision": "bf16", "accumulate": accumulate}
+    train(inputs(tmp_path, **changes, offload=offload))
+    want = reference(train_config(**changes))
+    got = rows(tmp_path)
+    assert [r["loss"] for r in got] == pytest.approx(want.losses, abs=TOLERANCE["bf16"])
+    assert [r["grad_norm"] for r in got] == pytest.approx(want.norms, abs=3 * TOLERANCE["bf16"])
+    weights, _ = read_model(tmp_path / "model")
+    for name, value in want.weights.items():
+        torch.testing.assert_close(weights[name], value, atol=WEIGHTS["bf16"], rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "precision", "offload", "ranks", "runs"),
+    [
+        (3, "fp32", "none", 1, (0, "plain")),
+        (1, "fp32", "none", 1, (0, "plain")),
+        (3, "bf16", "none", 1, (1, "bf16")),
+        (0, "bf16", "none", 1, (1, "bf16")),
+        (1, "bf16", "optimizer", 1, (1, "flat")),
+        (3, "fp32", "parameters", 1, (3, "parts")),
+        (2, "fp32", "none", 2, (2, "flat")),
+        (3, "bf16", "none", 2, (3, "parts")),
+    ],
+)
+def test_one_rank_runs_the_plainest_stage(
+    asked: int,
+    precision: str,
+    offload: str,
+    ranks: int,
+    runs: tuple[int, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(zero, "STAGES_ALONE", False)
+    config = train_config(zero_stage=asked, precision=precision, offload=offload)
+    assert (zero_stage(config, ranks), optimizer_kind(config, ranks)) == runs
+    if ranks == 1:
+        init_distributed(World(), torch.device("cpu"))
+        with caplog.at_level("INFO"):
+            made = Engine(tiny(), config, World(), torch.device("cpu"))
+        said = [r.getMessage() for r in caplog.records if "runs as stage" in r.getMessage()]
+        assert made.stage == runs[0] and len(said) == (asked != runs[0])
+        assert "nobody to share with" in "".join(said) or asked <= runs[0]
+        names = {
+            "plain": "FusedAdam|AdamW",
+            "bf16": "BF16_Optimizer",
+            "flat": "DeepSpeedZeroOptimizer",
+            "parts": "DeepSpeedZeroOptimizer_Stage3",
+        }
+        assert re.fullmatch(names[runs[1]], type(made._engine.optimizer).__name__)
+        made.close()
+
+
+def test_many_stages_on_one_rank_are_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe for many ranks on one: the numbers of its stage."""
+    train(inputs(tmp_path / "told", zero_stage=3, precision="fp32"))
+    monkeypatch.setattr(zero, "STAGES_ALONE", False)
+    train(inputs(tmp_path / "plain", zero_stage=3, precision="fp32"))
+    told, plain = (rows(tmp_path / name) for name in ("told", "plain"))
+    assert [r["loss"] for r in plain] == pytest.approx([r["loss"] for r in told], abs=1e-6)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,14 @@ from fmrizoo.trainer.loop import train
 
 WAYS = [(0, "none"), (1, "none"), (2, "none"), (3, "none")]
 WAYS += [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters")]
-PRIVATE = {1: "scaled_global_norm", 2: "scaled_global_norm", 3: "_get_norm_groups"}
+IN_BF16 = [(1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "parameters")]
+BOTH = [(*way, "fp32") for way in WAYS] + [(*way, "bf16") for way in IN_BF16]
+PRIVATE = {
+    (1, "fp32"): "scaled_global_norm",
+    (1, "bf16"): "get_grads_for_norm",
+    (2, "fp32"): "scaled_global_norm",
+    (3, "fp32"): "_get_norm_groups",
+}
 
 
 @contextmanager
@@ -47,11 +53,14 @@ def state(made: Engine) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize(("stage", "offload"), WAYS)
-def test_means_and_offloaded_state_stay(stage: int, offload: str, what: str) -> None:
+@pytest.mark.parametrize(("stage", "offload", "precision"), BOTH)
+def test_means_and_offloaded_state_stay(
+    stage: int, offload: str, precision: str, what: str
+) -> None:
     """Same bits before and after; a bad loss has finite gradients, which are dropped."""
     never = 99
-    with engine(never if what == "loss" else 2, zero_stage=stage, offload=offload, ema=0.5) as made:
+    same: dict[str, Any] = {"zero_stage": stage, "offload": offload, "precision": precision}
+    with engine(never if what == "loss" else 2, ema=0.5, **same) as made:
         accumulate(made, 0)
         made.step(1.0)
         before = state(made)
@@ -66,9 +75,16 @@ def test_means_and_offloaded_state_stay(stage: int, offload: str, what: str) -> 
         assert before.keys() == after.keys()
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
         accumulate(made, 2)
-        assert math.isfinite(made.step(1.0))
+        norm = made.step(1.0)
         later = state(made)
         assert [name for name in before if torch.equal(before[name], later[name])] == []
+    with engine(never, ema=0.5, **same) as made:
+        for step in (0, 2):
+            accumulate(made, step)
+            never_saw = made.step(1.0)
+        assert norm == never_saw, "nothing of the bad step is in the next one"
+        there = state(made)
+        assert [name for name in later if not torch.equal(later[name], there[name])] == []
 
 
 @pytest.mark.parametrize(("stage", "offload"), WAYS[1:])
@@ -99,13 +115,13 @@ def test_runs_with_means_never_saw_the_bad_steps(tmp_path: Path, stage: int, off
         )
 
 
-@pytest.mark.parametrize("stage", PRIVATE)
+@pytest.mark.parametrize(("stage", "precision"), PRIVATE)
 def test_renamed_method_of_deepspeed_is_noticed(
-    stage: int, monkeypatch: pytest.MonkeyPatch
+    stage: int, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the stand-in has no effect DeepSpeed takes the step; the run must not go on."""
-    name = PRIVATE[stage]
-    with engine(99, zero_stage=stage) as made:
+    name = PRIVATE[stage, precision]
+    with engine(99, zero_stage=stage, precision=precision) as made:
         kind = type(made._engine.optimizer)
         assert callable(getattr(kind, name, None)), f"DeepSpeed renamed {kind.__name__}.{name}"
 

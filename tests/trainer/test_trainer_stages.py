@@ -15,7 +15,7 @@ from trainer_tiny import Reference, on_ranks, reference
 
 from fmrizoo.errors import RecipeError
 from fmrizoo.sections.train import TrainConfig
-from fmrizoo.trainer import engine
+from fmrizoo.trainer import zero
 from fmrizoo.trainer.construction import construction
 from fmrizoo.trainer.device import World, init_distributed
 from fmrizoo.trainer.engine import Engine, groups_sentence, param_groups
@@ -98,7 +98,7 @@ def test_four_ranks_all_stages(tmp_path: Path) -> None:
 def counted(world: World) -> dict[tuple[str, int], tuple[float, ...]]:
     """Bytes per parameter: while building, and above that while the engine is made."""
     init_distributed(world, CPU)
-    engine.BUCKET = 4096  # else a bucket is as large as this model
+    zero.BUCKET = 4096  # else a bucket is as large as this model
     told = {}
     for precision in ("fp32", "bf16"):
         for stage in STAGES:
