@@ -24,7 +24,7 @@ from bare_loop import BareLoop, quickest
 from steps import job
 
 SWIN, MAMBA = "pretrain/swin4d_simmim", "pretrain/neuromamba_simmim"
-# Stage 0 exists in fp32 only: with bf16 it runs as stage 1 (fmrizoo/trainer/engine.py).
+# Stage 0 exists in fp32 only; one rank runs the plainest stage (fmrizoo/trainer/zero.py).
 SETTINGS = [
     (SWIN, "fp32", 0),
     (SWIN, "bf16", 1),
@@ -48,6 +48,7 @@ class Overhead:
         phases: Median CPU milliseconds by side (``bare``, ``ours``) and phase.
         difference: Largest relative difference of the two losses.
         adamw: Which of PyTorch's AdamWs the bare loop has.
+        runs: The ZeRO stage that one rank runs (:mod:`fmrizoo.trainer.zero`).
     """
 
     cpu_ratios: list[float]
@@ -57,6 +58,7 @@ class Overhead:
     phases: dict[str, dict[str, float]]
     difference: float
     adamw: str
+    runs: int
 
 
 @dataclass
@@ -97,7 +99,7 @@ def overhead(name: str, store: Store, precision: str, stage: int, rounds: int) -
         "ours": _Side(lambda k: _engine_step(engine, batch, k), clocks["ours"]),
     }
     try:
-        return _measure(sides, rounds, adamw)
+        return _measure(sides, rounds, adamw, engine.stage)
     finally:
         engine.close()
 
@@ -113,7 +115,7 @@ def _engine_step(engine: Engine, batch: Batch, number: int) -> float:
     return float(loss)
 
 
-def _measure(sides: dict[str, Any], rounds: int, adamw: str) -> Overhead:
+def _measure(sides: dict[str, Any], rounds: int, adamw: str, runs: int) -> Overhead:
     seen: dict[str, list[tuple[float, float, float]]] = {side: [] for side in sides}
     for number in range(rounds + 1):
         # Who goes first changes, so that neither always finds the other's caches.
@@ -135,4 +137,5 @@ def _measure(sides: dict[str, Any], rounds: int, adamw: str) -> Overhead:
         phases=phases,
         difference=max(abs(ours[2] / bare[2] - 1) for bare, ours in pairs),
         adamw=adamw,
+        runs=runs,
     )

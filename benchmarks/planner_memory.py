@@ -30,7 +30,7 @@ from fmrizoo.analysis.memory_step import high_water
 from fmrizoo.cluster.memory import rank_memory
 from fmrizoo.cluster.trace import made_up_clips
 from fmrizoo.config import TrainConfig
-from fmrizoo.trainer.device import World, init_distributed
+from fmrizoo.trainer.device import World, end_rank, init_distributed
 from fmrizoo.trainer.engine import Engine, set_checkpointing
 from fmrizoo.zoo import build_model, load_recipe
 
@@ -58,7 +58,7 @@ PAIRS: list[tuple[str, str, int, str, int, int, str]] = [
     ("swin4d simmim", "bf16", 1, "none", 1, 2, "fitted"),
     ("swin4d simmim", "bf16", 2, "none", 2, 2, "fitted"),
     ("swin4d simmim", "fp32", 3, "none", 2, 2, "fitted"),
-    ("swin4d simmim", "fp32", 1, "block", 2, 2, ""),
+    ("swin4d simmim", "fp32", 1, "block", 2, 2, "fitted"),
     ("swin4d simmim", "bf16", 3, "none", 2, 2, ""),
     ("swin4d ar", "bf16", 1, "block", 2, 2, ""),
     ("swin4d ar", "fp32", 2, "none", 2, 2, ""),
@@ -70,6 +70,9 @@ PAIRS: list[tuple[str, str, int, str, int, int, str]] = [
     ("neuromamba ar", "fp32", 2, "none", 2, 2, ""),
     ("neuromamba simmim", "fp32", 0, "block", 1, 2, ""),
     ("neuromamba simmim", "bf16", 3, "none", 2, 2, ""),
+    ("swin4d ar", "fp32", 1, "block", 2, 2, ""),
+    ("neuromamba simmim", "fp32", 1, "none", 2, 2, ""),
+    ("factorized ar", "bf16", 1, "block", 2, 2, ""),
 ]
 
 
@@ -104,6 +107,7 @@ def worker(recipe_words: list[str], rank: int, ranks: int, steps: int) -> None:
         engine.step(1.0)
     if rank == 0:
         print(json.dumps({"bytes": (high_water() - base) * 2**20}), flush=True)
+    end_rank(0)
 
 
 class _OneLayer(torch.nn.Module):

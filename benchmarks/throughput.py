@@ -132,8 +132,10 @@ def overheads(store: Store, rounds: int, settings: list[tuple[str, str, int]]) -
     )
     rows: list[tuple[str, Overhead]] = []
     for recipe, precision, stage in settings:
-        name = f"{recipe.removeprefix('pretrain/')} {precision} {stage}"
         found = overhead(recipe, store, precision, stage, rounds)
+        name = f"{recipe.removeprefix('pretrain/')} {precision} {stage}"
+        if found.runs != stage:
+            name += f" (runs {found.runs})"
         overhead_row(name, found)
         rows.append((name, found))
     phases = list(rows[0][1].phases["bare"])
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one quick recipe, few steps")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="that compute")
     parser.add_argument("--steps", type=int, default=3, help="measured, of each recipe")
-    parser.add_argument("--rounds", type=int, default=3, help="of bare loop and engine in turn")
+    parser.add_argument("--rounds", type=int, default=5, help="of bare loop and engine in turn")
     parser.add_argument("--batch", type=int, default=1, help="clips of a step")
     parser.add_argument("--recipes", nargs="*", default=[], help="only these, of stall")
     parser.add_argument("--folder", type=Path, default=None, help="where the data go (temporary)")

@@ -128,8 +128,10 @@ def _moments(train: TrainConfig, trace: Trace, world: World, fused: bool) -> Ite
         one = float(moment.gradient)
         if kind == "bf16":  # a gradient lives until it is added to the fp32 sums, through a copy
             held, buffers = word * one, 4.0 * one
-        elif kind == "plain" or (kind == "flat" and stage == 1):
+        elif kind == "plain":
             held, buffers = word * (done + one), 0.0
+        elif kind == "flat" and stage == 1:  # fp32 sums of all, and the bucket from the start
+            held, buffers = 4.0 * done + word * one, 4.0 * bucket
         elif kind == "flat":  # sums of earlier micro-steps were there before, see _states
             sums = 0.0 if start.gradients else 4.0 * done / n
             held, buffers = word * one + sums, word * bucket
@@ -158,7 +160,7 @@ def _moments(train: TrainConfig, trace: Trace, world: World, fused: bool) -> Ite
     elif kind == "flat":
         step["gradients"] = max(start.gradients, 4.0 * share if on_device else 0.0)
         step["gradients"] += 4.0 * share if on_device else 0.0  # laid side by side once more
-        step["buckets"] = word * bucket if stage == 1 else 0.0
+        step["buckets"] = 4.0 * bucket if stage == 1 else 0.0
     elif kind == "parts":  # gradients are laid side by side once more
         step["weights"] = start.weights - word * min(whole, LIVE)
         step["gradients"] = start.gradients + (4.0 * share if on_device else 0.0)
@@ -215,7 +217,7 @@ def _reduction(
     if kind == "bf16":
         return {"buckets": 4.0 * min(whole, FLAT) if n > 1 else 0.0}
     if kind == "flat" and stage == 1:  # whole gradients, and this rank's part of their sums
-        return {"gradients": word * whole + 4.0 * share, "buckets": word * bucket}
+        return {"gradients": 4.0 * (whole + share), "buckets": 4.0 * bucket}
     if kind == "flat":
         widened = 4.0 * bucket if word < 4.0 else 0.0
         kept = max(start.gradients, 4.0 * share)
