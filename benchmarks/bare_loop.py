@@ -50,6 +50,7 @@ class BareLoop:
         train: The recipe's ``train`` section.
         kind: Of AdamW.
         around: ``around(phase)`` is a context that times a phase.
+        wrap: Around the model, for several ranks.
     """
 
     def __init__(
@@ -58,10 +59,9 @@ class BareLoop:
         train: TrainConfig,
         kind: str,
         around: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext(),
+        wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
     ) -> None:
-        self.model, self.dtype, self._clip, self._around = (
-            model, DTYPES[train.precision], train.clip_norm, around,
-        )  # fmt: skip
+        self.dtype, self._clip, self._around = DTYPES[train.precision], train.clip_norm, around
         groups = param_groups(model, train)
         self._weights: list[nn.Parameter] = [p for g in groups for p in g["params"]]
         self._masters = self._weights
@@ -74,6 +74,7 @@ class BareLoop:
             for master in self._masters:
                 master.grad = torch.zeros_like(master)
             model.to(self.dtype)
+        self.model = wrap(model)
         self._rates = [float(group["lr"]) for group in groups]
         first, second = train.betas
         self._optimizer = torch.optim.AdamW(

@@ -1,4 +1,7 @@
-"""The engine against a bare loop: same weights, clip, masks and AdamW, turn by turn."""
+"""The engine against a bare loop: same weights, clip, masks and AdamW, turn by turn.
+
+On several ranks the bare loop has PyTorch's DistributedDataParallel around the model.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fmrizoo.data.store import Store
 from fmrizoo.pipeline.inputs import loader
@@ -35,6 +42,7 @@ SETTINGS = [
     (MAMBA, "bf16", 3),
     (MAMBA, "fp32", 0),
 ]
+ALONE = World()
 PHASES = ("forward", "backward", "optimizer", "other")
 
 
@@ -73,26 +81,35 @@ class _Side:
         # The same masks and dropout on both sides.
         torch.manual_seed(number)
         gc.collect()
+        dist.barrier()
         cpu, wall = time.process_time(), time.perf_counter()
         with self.clock.step():
             loss = self.step(number)
         return time.process_time() - cpu, time.perf_counter() - wall, loss
 
 
-def overhead(name: str, store: Store, precision: str, stage: int, rounds: int) -> Overhead:
-    """Both sides on one clip of ``store``; the first round is not counted."""
-    overrides = ["train.batch_size=1", f"train.precision={precision}", f"train.zero_stage={stage}"]
+def overhead(
+    name: str, store: Store, precision: str, stage: int, rounds: int, world: World = ALONE
+) -> Overhead:
+    """Both sides on one clip of ``store`` a rank; the first round is not counted."""
+    batch_size = f"train.batch_size={world.size}"
+    overrides = [batch_size, f"train.precision={precision}", f"train.zero_stage={stage}"]
     recipe, model, table, tasks = job(name, store, overrides)
     train, device = recipe.train, torch.device("cpu")
-    init_distributed(World(), device)
+    init_distributed(world, device)
     source = loader(table, recipe, 1, tasks)
     batch = next(source.epoch()).to_batch(device, DTYPES[precision])
     set_checkpointing(model, train.checkpointing)
     model.train()
     adamw = quickest([p.shape for p in model.parameters() if p.requires_grad])
     clocks = {side: PhaseClock(time.process_time) for side in ("bare", "ours")}
-    bare = BareLoop(copy.deepcopy(model), train, adamw, clocks["bare"].phase)
-    engine = Engine(model, train, World(), device)
+    wrap: Callable[[nn.Module], nn.Module] = (
+        partial(DistributedDataParallel, gradient_as_bucket_view=True)
+        if world.size > 1
+        else lambda model: model
+    )
+    bare = BareLoop(copy.deepcopy(model), train, adamw, clocks["bare"].phase, wrap)
+    engine = Engine(model, train, world, device)
     engine.timed(clocks["ours"].around)
     sides = {
         "bare": _Side(lambda k: float(bare.step(batch, _rate(k))), clocks["bare"]),

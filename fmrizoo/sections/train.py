@@ -29,7 +29,7 @@ class TrainConfig:
     clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
     ema: float = 0.0  # per-step decay of running means of the weights, used and exported; 0: none
     precision: str = "fp32"  # fp32 | bf16 (bf16 weights, fp32 master weights and gradient sums)
-    zero_stage: int = 1  # DeepSpeed ZeRO 0–3
+    zero_stage: int = 1  # DeepSpeed ZeRO 0–3 (one rank runs the plainest that is the same)
     offload: str = "none"  # none | optimizer | parameters: what lies in the host's memory instead
     compile: str = "none"  # torch.compile: none | blocks (each by itself) | model (as a whole)
     checkpointing: str = "none"  # activations: none | block | window-chunk: recomputed backward

@@ -62,6 +62,21 @@ class StepEvent:
     stall: float = 0.0
     skipped: bool = False
 
+    def row(self, clips: int, seconds: float) -> dict[str, Any]:
+        """For ``metrics.jsonl``: the step, and clips and seconds of the run so far."""
+        row: dict[str, Any] = {
+            "step": self.step,
+            "loss": self.loss,
+            **self.logs,
+            "lr": self.lr,
+            "grad_norm": self.grad_norm,
+            "clips": clips,
+            "seconds": round(seconds, 3),
+            "clips_per_second": round(self.clips_per_second, 3),
+            "stall": round(self.stall, 4),
+        }
+        return {**row, "skipped": True} if self.skipped else row
+
 
 @dataclass
 class TrainerInputs:

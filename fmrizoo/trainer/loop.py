@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from fmrizoo.config import to_dict
 from fmrizoo.errors import CheckpointError, RecipeError
@@ -310,19 +310,7 @@ class _Run:
 
     def _write(self, event: StepEvent, validation: dict[str, float] | None) -> None:
         assert self.metrics is not None
-        row: dict[str, Any] = {
-            "step": event.step,
-            "loss": event.loss,
-            **event.logs,
-            "lr": event.lr,
-            "grad_norm": event.grad_norm,
-            "clips": event.step * self.cfg.batch_size,
-            "seconds": round(self._seconds(), 3),
-            "clips_per_second": round(event.clips_per_second, 3),
-            "stall": round(event.stall, 4),
-        }
-        if event.skipped:
-            row["skipped"] = True
+        row = event.row(event.step * self.cfg.batch_size, self._seconds())
         if validation is not None:
             row["validation"] = validation
         if self.stopped_early:

@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 
 from fmrizoo.cli import app
 from fmrizoo.cluster.capacity import TrainingPlan, plan_training
+from fmrizoo.cluster.ghosts import Ghost, Tracer
 from fmrizoo.cluster.machines import Machine, load_machine, shipped
 from fmrizoo.cluster.memory import rank_memory
 from fmrizoo.cluster.steptime import Collective, Run, collectives, fit, seconds, throughput
 from fmrizoo.cluster.storage import DataSet
-from fmrizoo.cluster.trace import Ghost, Trace, Tracer, made_up_clips, trace_step
+from fmrizoo.cluster.trace import Trace, made_up_clips, trace_step
 from fmrizoo.config import Recipe
 from fmrizoo.errors import DataError, RecipeError
 from fmrizoo.trainer.engine import set_checkpointing
