@@ -9,7 +9,7 @@ import pytest
 from fmrizoo.trainer import zero
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def stages_alone() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zero, "STAGES_ALONE", True)
