@@ -47,6 +47,7 @@ bench: install
 	$(BIN)/python benchmarks/number_formats.py
 	$(BIN)/python benchmarks/ablation_truth.py
 	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/engine_ranks.py
 	$(BIN)/python benchmarks/planner_aurora.py
 	$(BIN)/python benchmarks/planner_memory.py
 	$(BIN)/python benchmarks/faults.py

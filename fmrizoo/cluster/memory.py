@@ -89,13 +89,13 @@ def rank_memory(
         ranks: Of the job.
         trace: Of this micro-batch, if it was made before.
         stage: Instead of ``train.zero_stage``.
-        offload: Instead of ``train.offload`` .
+        offload: Instead of ``train.offload``.
         base: Bytes beside all tensors.
         fused: AdamW runs in one pass, as the engine asks for on a CPU.
 
     Raises:
         RecipeError: a batch that cannot be divided, or an offload that does not exist or needs
-                another stage.
+            another stage.
     """
     train = replace(
         recipe.train,
