@@ -257,11 +257,14 @@ class FeatureCache:
         loader = self._loader(part, micro_batch(self._recipe.train, world), world)
 
         def encoded() -> Iterator[Rows]:
-            with torch.no_grad():
-                for compact in loader.epoch():
-                    if stop():
-                        raise _StoppedError
-                    yield model.read(compact.to_batch(device, dtype))
+            for compact in loader.epoch():
+                if stop():
+                    raise _StoppedError
+                # Not around the loop: while the one who asks is at work, or has failed and keeps
+                # this generator alive, gradients are its own business.
+                with torch.no_grad():
+                    rows = model.read(compact.to_batch(device, dtype))
+                yield rows
 
         try:
             shard.write(encoded())
