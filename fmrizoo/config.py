@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
@@ -223,9 +224,12 @@ def _merge(*parts: DictConfig) -> DictConfig:
     return result
 
 
+_hints = cache(get_type_hints)
+
+
 def _check_keys(schema: type, values: DictConfig, prefix: str) -> None:
     """Raise on a key that ``schema`` does not have, at any depth, and suggest the nearest one."""
-    hints = get_type_hints(schema)
+    hints = _hints(schema)
     for key in map(str, values):
         if key not in hints:
             shown = key if len(key) <= 60 else f"{key[:60]}…"
@@ -238,11 +242,17 @@ def _check_keys(schema: type, values: DictConfig, prefix: str) -> None:
             _check_keys(cast(type, hints[key]), values[key], f"{prefix}{key}.")
 
 
+@cache
+def _template(schema: type) -> DictConfig:
+    """``schema``'s types and defaults; a merge copies it. Making one takes longer than merging."""
+    return cast(DictConfig, OmegaConf.structured(schema))
+
+
 def _typed(schema: type, values: DictConfig, prefix: str = "") -> Any:
     """``values`` as an instance of ``schema`` (its ``__post_init__`` may reject them)."""
     _check_keys(schema, values, prefix)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+        return OmegaConf.to_object(OmegaConf.merge(_template(schema), values))
     except RecipeError:
         raise
     except _UNUSABLE as error:

@@ -82,7 +82,18 @@ def test_head_on_the_sample(
     assert read_predictions(tmp_path / "run/predictions.tsv") == before
 
 
-@pytest.mark.parametrize(("number", "variant"), list(enumerate(VARIANTS)), ids=str)
+# The linear head without an encoder that trains, and with all of it, is what last_block is.
+@pytest.mark.parametrize(
+    ("number", "variant"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{case[1]}",
+            marks=pytest.mark.slow if case[1][1].get("train_encoder") in ("none", "all") else (),
+        )
+        for case in enumerate(VARIANTS)
+    ],
+)
 def test_head_in_bf16_with_recomputation(
     number: int, variant: tuple[str, dict[str, Any]], sample_store: Path, tmp_path: Path
 ) -> None:

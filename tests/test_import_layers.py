@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ PARTS = {
 TOP = ("backbones", "objectives", "recipes")
 
 
+@cache
 def sources() -> dict[str, str]:
     """Module name → source of everything in the package."""
     found = {}
@@ -53,19 +55,29 @@ def room(module: str) -> str:
     return parts[1] if len(parts) > 1 else ""
 
 
-def imports(module: str, tree: ast.Module, modules: set[str]) -> Iterator[tuple[str, bool]]:
-    """(imported fmrizoo module, imported inside a function) for every import statement."""
+@cache
+def statements(text: str) -> list[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Every import statement, and whether it is inside a function."""
+    tree = ast.parse(text)
     inside = {
         id(node)
         for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for node in ast.walk(function)
     }
-    for node in ast.walk(tree):
-        names: list[str] = []
+    return [
+        (node, id(node) in inside)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+
+
+def imports(module: str, text: str, modules: set[str]) -> Iterator[tuple[str, bool]]:
+    """(imported fmrizoo module, imported inside a function) for every import statement."""
+    for node, lazy in statements(text):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = node.module or ""
             if node.level:
                 own = module.split(".")[: -node.level]
@@ -74,17 +86,17 @@ def imports(module: str, tree: ast.Module, modules: set[str]) -> Iterator[tuple[
             names = [n if n in modules or f"{n}.__init__" in modules else base for n in full]
         for name in names:
             if name.split(".")[0] == "fmrizoo":
-                yield name, id(node) in inside
+                yield name, lazy
 
 
 def violations(files: Mapping[str, str]) -> list[str]:
     """Every import that points up, or meets a room it must not know."""
-    wrong = []
+    wrong, modules = [], set(files)
     for module, text in files.items():
         here = room(module)
         if here in ("", "__init__", "recipes"):  # the lazy front door, and no code
             continue
-        for name, lazy in imports(module, ast.parse(text), set(files)):
+        for name, lazy in imports(module, text, modules):
             there = room(name)
             if there in ("", "__init__"):
                 continue

@@ -29,8 +29,17 @@ def same(a: Batch, b: Batch) -> None:
 
 # Forking is what is tested; Python warns of it where threads of other tests are alive.
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-@pytest.mark.parametrize("way", ["none", "fork", "spawn"])
-@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("way", "dense"),
+    [
+        ("none", False),
+        ("none", True),
+        ("fork", False),
+        ("fork", True),
+        pytest.param("spawn", False, marks=pytest.mark.slow),
+        ("spawn", True),
+    ],
+)
 def test_clips_are_the_loaders(way: str, dense: bool, sample_store: Store) -> None:
     config = DataConfig(store=str(sample_store.path), clip_frames=9, select=KIND)
     clips = ClipDataset.of(config, TaskConfig())

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -27,15 +28,16 @@ from fmrizoo.types import Batch, Grid
 TIMES = (2, 4, 8, 16)  # base widths; the narrowest models have a few heads only
 # The powers that occur are ½ apart: half of that decides between them.
 TOLERANCE = 0.25
+slow = partial(pytest.param, marks=pytest.mark.slow)
 # (backbone, part, seeds, widths). A small readout sees few numbers, few heads of Mamba make most
 # of its gradients of dt and A: more seeds, wider encoders.
 CASES = [
     ("swin4d", "simmim_mlp", 2, TIMES),
     ("swin_factorized", "simmim_linear", 2, TIMES),
     ("neuromamba", "simmim_mlp", 6, (2, 4, 8, 16, 32)),
-    ("neuromamba", "autoregressive_linear", 6, (2, 4, 8, 16, 32)),
+    slow("neuromamba", "autoregressive_linear", 6, (2, 4, 8, 16, 32)),
     ("swin4d", "lora", 2, TIMES),
-    ("neuromamba", "lora", 6, TIMES),
+    slow("neuromamba", "lora", 6, TIMES),
     ("swin4d", "prompt", 2, TIMES),
     ("swin4d", "complex", 6, (4, 8, 16, 32)),
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import ClassVar
 
 import mup
@@ -40,6 +42,11 @@ def oracle(backbone: str, part: str, times: int) -> dict[str, tuple[float, float
     return {name: found[id(p)] for name, p in target.named_parameters()}
 
 
+@cache
+def at_base(backbone: str, part: str) -> tuple[Parametrization, Mapping[str, ParameterDims]]:
+    return make(recipe(backbone, part), TASKS)
+
+
 @pytest.mark.parametrize(("backbone", "part"), CASES)
 def test_every_parameter_has_the_rates_of_the_mup_package(backbone: str, part: str) -> None:
     expected = oracle(backbone, part, 4)
@@ -56,9 +63,7 @@ def test_every_parameter_has_the_rates_of_the_mup_package(backbone: str, part: s
 
 def test_the_table_has_no_pattern_that_nothing_needs() -> None:
     """Every pattern names a parameter of some model here: what is tested is the whole table."""
-    names = {
-        n.replace(".base_layer.", ".") for b, p in CASES for n in make(recipe(b, p), TASKS)[0].table
-    }
+    names = {n.replace(".base_layer.", ".") for b, p in CASES for n in at_base(b, p)[0].table}
     full = [n if n.startswith(("objective.", "head.")) else f"backbone.{n}" for n in names]
     full = [n.replace("backbone.backbone.", "backbone.") for n in full]
     for pattern, _ in KNOWN:
@@ -177,16 +182,17 @@ def test_groups_are_few_and_in_the_order_of_the_parameters() -> None:
     for backbone, part in CASES:
         made = recipe(backbone, part, 4)
         built = model(made)
-        found = parametrize(made, built).groups(built)
+        table = parametrize(made, built)
+        found = table.groups(built)
         assert list(found) == [name for name, _ in built.named_parameters()]
         trained = {found[n] for n, p in built.named_parameters() if p.requires_grad}
         assert len(trained) <= 4
-        assert parametrize(made, built).lr_scales() == {n: s.lr_scale for n, s in found.items()}
+        assert table.lr_scales() == {n: s.lr_scale for n, s in found.items()}
 
 
 def test_all_factors_are_one_at_base_width() -> None:
     for backbone, part in CASES:
-        made, dims = make(recipe(backbone, part), TASKS)
+        made, dims = at_base(backbone, part)
         assert made.m == 1
         for name, rule in made.table.items():
             scales = (rule.lr_scale, rule.init_scale, rule.wd_scale, rule.eps_scale)

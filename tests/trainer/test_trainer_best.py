@@ -23,7 +23,8 @@ from fmrizoo.trainer.loop import StepEvent, TrainerInputs, train
 from fmrizoo.trainer.validation import Watch, lower_is_better
 
 Validate = Callable[[nn.Module, torch.device], dict[str, float]]
-STAGES = [(0, "fp32"), (1, "fp32"), (2, "bf16"), (1, "bf16"), (3, "fp32"), (3, "bf16")]
+SLOW = pytest.param(3, "bf16", marks=pytest.mark.slow)  # 2 and 1 in bf16, and 3 in fp32, are fast
+STAGES = [(0, "fp32"), (1, "fp32"), (2, "bf16"), (1, "bf16"), (3, "fp32"), SLOW]
 
 
 class Counting(TinyModel):
