@@ -90,6 +90,7 @@ class Mamba2(nn.Module):
     """
 
     multiplies: ClassVar[str] = "branch"
+    reads_parameters: ClassVar[bool] = True  # of its children, which it does not call
     multiplier: float = 1.0
 
     def __init__(

@@ -13,6 +13,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,6 +75,34 @@ def set_compile(model: nn.Module, mode: str, device: torch.device) -> None:
     for module in chosen.values():
         module.compile(backend=BACKEND)
     log.info("train.compile=%s: %d modules are compiled at their first step", mode, len(chosen))
+
+
+def check_gathered(model: nn.Module) -> None:
+    """Refuse to compile at ZeRO 3 what reads parameters of modules that it does not call.
+
+    The compiler does not see that DeepSpeed gathers them then, and takes them for empty ones.
+
+    Raises:
+        RecipeError: a module whose class says so (``reads_parameters``).
+    """
+    found = (type(m).__name__ for m in model.modules() if getattr(m, "reads_parameters", False))
+    if name := next(found, None):
+        raise RecipeError(
+            f"train.compile cannot be used at ZeRO 3 with {name}, which reads the parameters of "
+            f"its parts by itself; use train.zero_stage=2 or train.compile=none"
+        )
+
+
+def hide_gathering(optimizer: Any) -> None:
+    """Keep Dynamo out of the hooks with which DeepSpeed's ZeRO 3 ``optimizer`` gathers parameters.
+
+    It would trace their bookkeeping, and fails in it where a block is recomputed.
+    """
+    hooks = optimizer.parameter_offload
+    for when in ("pre", "post"):
+        for what in ("forward", "backward"):
+            name = f"{when}_sub_module_{what}_function"
+            setattr(hooks, name, torch.compiler.disable(getattr(hooks, name)))  # type: ignore[no-untyped-call]
 
 
 @contextmanager

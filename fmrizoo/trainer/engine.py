@@ -23,7 +23,12 @@ from torch import Tensor, nn
 
 from fmrizoo.config import TrainConfig
 from fmrizoo.errors import RecipeError, TrainingError
-from fmrizoo.trainer.compiling import compiled, set_compile
+from fmrizoo.trainer.compiling import (
+    check_gathered,
+    compiled,
+    hide_gathering,
+    set_compile,
+)
 from fmrizoo.trainer.construction import partition, share
 from fmrizoo.trainer.device import World, load_deepspeed
 from fmrizoo.trainer.fragments import WEIGHT, Fragment, Fragments
@@ -78,6 +83,10 @@ class Engine:
         self.device = device
         self.dtype = DTYPES[train.precision]
         self.stage = zero_stage(train, world.size)
+        self._kind = optimizer_kind(train, world.size)
+        gathered = train.compile != "none" and self._kind == "parts"
+        if gathered:
+            check_gathered(model)
         if self.stage != train.zero_stage:
             more = self.stage > train.zero_stage
             why = "stage 0 would step wrongly" if more else "one rank has nobody to share with"
@@ -106,7 +115,8 @@ class Engine:
         self._engine, *_ = self._deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )
-        self._kind = optimizer_kind(train, world.size)
+        if gathered:
+            hide_gathering(self._engine.optimizer)
         if world.size == 1 and self._kind in ("plain", "bf16"):
             # DeepSpeed would copy all gradients into a bucket, reduce that over one rank, and copy
             # them back: a sixth of a step of 51M parameters. (At the other stages the reduction
