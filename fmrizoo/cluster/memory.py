@@ -15,6 +15,7 @@ from typing import Any
 from fmrizoo.cluster.trace import Trace, trace_step
 from fmrizoo.config import Recipe, TrainConfig
 from fmrizoo.errors import RecipeError
+from fmrizoo.sections.train import OFFLOAD
 from fmrizoo.trainer.device import World
 from fmrizoo.trainer.zero import (
     accumulation,
@@ -97,10 +98,13 @@ def rank_memory(
         RecipeError: a batch that cannot be divided, or an offload that does not exist or needs
             another stage.
     """
+    offload = offload or recipe.train.offload
+    if offload not in OFFLOAD:
+        raise RecipeError(f"train.offload is one of {', '.join(OFFLOAD)}, got {offload!r}")
     train = replace(
         recipe.train,
         zero_stage=recipe.train.zero_stage if stage is None else stage,
-        offload=offload or recipe.train.offload,
+        offload=offload,
     )
     if ranks < 1:
         raise RecipeError(f"a job has at least 1 rank, got {ranks}")

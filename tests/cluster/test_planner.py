@@ -136,18 +136,19 @@ def test_a_trace_counts_what_a_real_step_computes_and_keeps(name: str) -> None:
     model = build_model(recipe).train()
     backbone: Backbone = model.backbone  # type: ignore[assignment]
     set_checkpointing(model, mode)
-    for key, parameter in model.named_parameters():
-        if key.endswith("A_log"):
-            # Fast decays cut the chunks of NeuroMamba's scan (2-3 % more products at the start
-            # of training); a trace has no values, so here the decays are slow and it is exact.
-            parameter.detach().fill_(-5.0)
+    for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batch = made_up_clips(recipe, backbone, 2, torch.float32)
-    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
-        loss, _ = model(batch)
-        forward = counter.get_total_flops()
-        loss.backward()
-    whole = counter.get_total_flops()
+    if name.startswith("neuromamba"):
+        # Fast decays cut the chunks of its scan: up to 3 % more products, by the weights drawn
+        # (at this test's seed 0.8 %). A trace has no values; with slow decays it is exact.
+        forward, whole = _counted(model, batch)
+        assert found.forward_flops == pytest.approx(forward, rel=0.02)
+        assert found.flops == pytest.approx(whole, rel=0.02)
+        for key, parameter in model.named_parameters():
+            if key.endswith("A_log"):
+                parameter.detach().fill_(-5.0)
+    forward, whole = _counted(model, batch)
     assert found.forward_flops == forward
     assert found.flops == whole
     ratio = 3.0 if mode == "none" else 4.0
@@ -159,6 +160,15 @@ def test_a_trace_counts_what_a_real_step_computes_and_keeps(name: str) -> None:
     kept, peak = _profiled(model, batch)
     assert kept <= found.forward * 1.02 and found.forward < kept + 3.5e6
     assert found.peak == pytest.approx(peak, rel=0.15)
+
+
+def _counted(model: nn.Module, batch: Batch) -> tuple[int, int]:
+    """FLOPs of the forward pass, and of the whole step, by PyTorch's counter."""
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
+        loss, _ = model(batch)
+        forward = counter.get_total_flops()
+        loss.backward()
+    return forward, counter.get_total_flops()
 
 
 def _profiled(model: nn.Module, batch: Batch) -> tuple[int, int]:
@@ -215,7 +225,7 @@ def test_states_are_those_of_the_zero_paper(trace: Trace) -> None:
     assert moved.total < held[2].total
     away = rank_memory(recipe, 8, trace=trace, stage=1, offload="optimizer")
     assert away.total < held[1].total, "no fp32 sums of all gradients then"
-    with pytest.raises(RecipeError, match=r"train\.offload"):
+    with pytest.raises(RecipeError, match=r"train\.offload is one of none, optimizer, parameters"):
         rank_memory(recipe, 8, trace=trace, offload="disk")
     with pytest.raises(RecipeError, match=r"train\.offload=parameters needs train\.zero_stage=3"):
         rank_memory(recipe, 8, trace=trace, stage=2, offload="parameters")

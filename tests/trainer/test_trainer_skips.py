@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_means_and_offloaded_state_stay(
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
         accumulate(made, 2)
         norm = made.step(1.0)
+        assert math.isfinite(norm)
         later = state(made)
         assert [name for name in before if torch.equal(before[name], later[name])] == []
     with engine(never, ema=0.5, **same) as made:
